@@ -1,0 +1,119 @@
+"""The frame: a JSON header followed by raw blobs, for HTTP bodies and for the worker's channel.
+
+Layout (all integers big-endian)::
+
+    4 bytes   length H of the header
+    H bytes   the header, a JSON object in UTF-8; its key "blobs" lists the blobs' lengths in bytes
+    ...       the blobs, one after the other
+
+An HTTP body with a plain JSON object (``application/json``) means the same as a frame without blobs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from broker.protocol import limits
+
+FRAME_CONTENT_TYPE = "application/vnd.rlm-sandbox.frame"
+JSON_CONTENT_TYPE = "application/json"
+
+Blob = bytes | bytearray | memoryview
+
+_LENGTH = struct.Struct(">I")
+
+
+class FrameError(ValueError):
+    """The bytes are not a frame, or exceed a limit; the message says which."""
+
+
+def dump_frame(header: dict[str, Any], blobs: Sequence[Blob] = ()) -> list[Blob]:
+    """Return the pieces of a frame, to be written one after the other (the blobs are not copied).
+
+    Args:
+        header: JSON object; its key ``blobs`` is set here.
+        blobs: Raw byte strings, in the order in which the header refers to them.
+    """
+    header = {**header, "blobs": [len(blob) for blob in blobs]}
+    head = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return [_LENGTH.pack(len(head)) + head, *blobs]
+
+
+def parse_json_object(data: Blob) -> dict[str, Any]:
+    """Parse hostile bytes as a JSON object.
+
+    Raises:
+        FrameError: Not JSON, nested too deep, an integer too long, NaN, or not an object.
+    """
+    try:
+        parsed = json.loads(bytes(data), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"not a JSON object: {error}") from None
+    if not isinstance(parsed, dict):
+        raise FrameError(f"expected a JSON object, got {type(parsed).__name__}")
+    return parsed
+
+
+def load_frame(body: Blob, *, max_bytes: int = limits.MAX_FRAME_BYTES) -> tuple[dict[str, Any], list[memoryview]]:
+    """Parse a whole frame held in memory; the blobs are views into ``body``.
+
+    Raises:
+        FrameError: Truncated, too large, trailing bytes, or a header that is no JSON object.
+    """
+    view = memoryview(body)
+    if len(view) > max_bytes:
+        raise FrameError(f"frame of {len(view)} bytes exceeds {max_bytes}")
+    if len(view) < _LENGTH.size:
+        raise FrameError("truncated frame: no header length")
+    (head_length,) = _LENGTH.unpack(view[: _LENGTH.size])
+    start = _LENGTH.size + head_length
+    if head_length > limits.MAX_HEADER_BYTES or start > len(view):
+        raise FrameError(f"truncated frame: header of {head_length} bytes announced")
+    header = parse_json_object(view[_LENGTH.size : start])
+    blobs: list[memoryview] = []
+    for length in blob_lengths(header, max_bytes=max_bytes):
+        if start + length > len(view):
+            raise FrameError("truncated frame: a blob is shorter than announced")
+        blobs.append(view[start : start + length])
+        start += length
+    if start != len(view):
+        raise FrameError(f"{len(view) - start} bytes after the last blob")
+    return header, blobs
+
+
+def read_frame(
+    read_exactly: Callable[[int], Blob], *, max_bytes: int = limits.MAX_FRAME_BYTES
+) -> tuple[dict[str, Any], list[Blob]]:
+    """Read one frame from a stream.
+
+    Args:
+        read_exactly: Returns that many bytes, or raises ``EOFError``.
+        max_bytes: Largest frame accepted.
+    """
+    (head_length,) = _LENGTH.unpack(read_exactly(_LENGTH.size))
+    if head_length > min(limits.MAX_HEADER_BYTES, max_bytes):
+        raise FrameError(f"header of {head_length} bytes exceeds the limit")
+    header = parse_json_object(read_exactly(head_length))
+    return header, [read_exactly(length) for length in blob_lengths(header, max_bytes=max_bytes)]
+
+
+def blob_lengths(header: dict[str, Any], *, max_bytes: int) -> Iterator[int]:
+    """Yield the lengths that a header announces, checked one by one and in sum."""
+    lengths = header.get("blobs", [])
+    if not isinstance(lengths, list):
+        raise FrameError("'blobs' must be a list of lengths")
+    total = 0
+    for length in lengths:
+        if type(length) is not int or length < 0:
+            raise FrameError("'blobs' must list non-negative integers")
+        total += length
+        if total > max_bytes:
+            raise FrameError(f"blobs of more than {max_bytes} bytes")
+        yield length
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,51 @@
+"""Sizes and times that host, broker and worker agree on, each with its reason."""
+
+from __future__ import annotations
+
+#: A header holds code and the skeleton of the values, never the large values themselves.
+MAX_HEADER_BYTES = 64 << 20
+
+#: One frame with its blobs; a 1 GiB context still fits.
+MAX_FRAME_BYTES = 2 << 30
+
+#: What generated code may send in one tool call, and a tool may answer.
+MAX_TOOL_CALL_BYTES = 256 << 20
+
+#: Strings and bytes from here on travel as raw blobs: JSON would escape and copy them.
+BLOB_THRESHOLD_BYTES = 4 << 10
+
+#: Values from here on are kept by the worker, so that the host need not send them again.
+KEEP_THRESHOLD_BYTES = 64 << 10
+
+#: One model reply fits; a runaway ``print`` does not.
+MAX_OUTPUT_BYTES = 1 << 20
+
+#: Output thrown away past this ends the execution: nobody prints so much on purpose.
+MAX_DISCARDED_OUTPUT_BYTES = 256 << 20
+
+#: The text of one value shown like a REPL would.
+MAX_DISPLAY_CHARS = 100_000
+
+#: Nested deeper than this, a value is refused with its path; Python's own parser gives up near 1,000.
+MAX_DEPTH = 100
+
+#: Longer integers than this cost quadratic time to parse.
+MAX_INTEGER_DIGITS = 4_000
+
+#: The longest that one long poll is held open, below the time-outs of common proxies.
+MAX_WAIT_S = 25.0
+
+#: A claim not renewed for this long is taken away. Long polls renew it every MAX_WAIT_S at the latest.
+DEFAULT_LEASE_S = 60.0
+
+#: Between the interrupt at the deadline and the kill.
+INTERRUPT_GRACE_S = 2.0
+
+#: How many finished executions keep their reply, so that a lost reply can be fetched again.
+STORED_EXECUTIONS = 64
+
+#: Claims handed out at once; also how many tools the host runs at the same time by default.
+DEFAULT_CONCURRENT_TOOL_CALLS = 32
+
+#: Tool calls waiting in one session; a runaway loop of threads meets an error instead of the memory limit.
+MAX_PENDING_TOOL_CALLS = 10_000

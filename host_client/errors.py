@@ -1,0 +1,158 @@
+"""Every error of the host side.
+
+::
+
+    SandboxError                      root; has a stable ``code`` and, where something helps, ``help``
+    ├ SetupError                      nothing was started
+    │ ├ EngineUnavailable             no container engine answers
+    │ ├ EnginePermission              an engine is there, this user may not use it
+    │ ├ ImageMissing                  the image was never built, or is of another version
+    │ ├ ImageBuildFailed
+    │ ├ DiskFull
+    │ ├ BadSetting                    a setting, tool, output field or variable that cannot work
+    │ └ UnknownSandbox                no running sandbox has that name
+    ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
+    ├ ProtocolMismatch                host and image speak different versions
+    ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
+    │ ├ SessionBusy                   an execution is already running in this session
+    │ ├ LeaseExpired                  a result came too late; somebody else holds the call
+    │ └ CallGone                      a result came for a call that was cancelled
+    ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
+    └ SessionLost                     the namespace is gone; ``reason`` says why
+
+While DSPy is in use, what ``SandboxInterpreter`` raises is also an instance of the class that the
+installed DSPy expects; see ``host_client.dspy_compat``.
+"""
+
+from __future__ import annotations
+
+
+class SandboxError(Exception):
+    """Root of all errors of this package.
+
+    Args:
+        message: What happened, naming the thing it happened to.
+        help: What the user can do about it, such as a command; printed on a line of its own.
+    """
+
+    code = "sandbox_error"
+
+    def __init__(self, message: str, *, help: str | None = None) -> None:
+        super().__init__(message if help is None else f"{message}\n  {help}")
+        self.message = message
+        self.help = help
+
+
+class SetupError(SandboxError):
+    """Nothing was started."""
+
+    code = "setup_error"
+
+
+class EngineUnavailable(SetupError):
+    """No container engine answers."""
+
+    code = "engine_unavailable"
+
+
+class EnginePermission(SetupError):
+    """An engine is there, but this user may not use it."""
+
+    code = "engine_permission"
+
+
+class ImageMissing(SetupError):
+    """The image was never built, or the sources changed since."""
+
+    code = "image_missing"
+
+
+class ImageBuildFailed(SetupError):
+    """The image could not be built; the message holds the end of the log."""
+
+    code = "image_build_failed"
+
+
+class DiskFull(SetupError):
+    """No space left where the engine or this package writes."""
+
+    code = "disk_full"
+
+
+class BadSetting(SetupError, ValueError):
+    """A setting, tool, output field or variable that cannot work; nothing ran."""
+
+    code = "bad_setting"
+
+
+class UnknownSandbox(SetupError):
+    """No running sandbox has that name."""
+
+    code = "unknown_sandbox"
+
+
+class ProviderError(SandboxError):
+    """The engine refused or failed while a sandbox was started or stopped."""
+
+    code = "provider_error"
+
+
+class ProtocolMismatch(SandboxError):
+    """Host and image speak different versions of the protocol."""
+
+    code = "protocol_mismatch"
+
+
+class BrokerError(SandboxError):
+    """The broker refused a request.
+
+    Args:
+        message: The broker's text.
+        status: HTTP status of its reply.
+    """
+
+    code = "broker_error"
+
+    def __init__(self, message: str, *, status: int = 500, help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.status = status
+
+
+class SessionBusy(BrokerError):
+    """An execution is already running in this session."""
+
+    code = "session_busy"
+
+
+class LeaseExpired(BrokerError):
+    """The result arrived after the lease ended and another holder took over; the tool may have run."""
+
+    code = "lease_expired"
+
+
+class CallGone(BrokerError):
+    """The result arrived for a call that was cancelled or has expired."""
+
+    code = "call_gone"
+
+
+class BrokerUnreachable(SandboxError):
+    """No answer from the broker: it died, or its socket is gone."""
+
+    code = "broker_unreachable"
+
+
+class SessionLost(SandboxError):
+    """The session's namespace is gone and this interpreter cannot go on.
+
+    Args:
+        message: What happened.
+        reason: ``deadline``, ``oom``, ``killed``, ``crashed(SIGNAL)``, ``exited(N)``, ``removed``, ``engine_gone``,
+            ``protocol`` or ``shutdown``.
+    """
+
+    code = "session_lost"
+
+    def __init__(self, message: str, *, reason: str, help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.reason = reason

@@ -1,0 +1,143 @@
+"""What a sandbox looks like: one value object, from keywords or from ``RLM_SANDBOX_*``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from host_client.errors import BadSetting
+
+_PREFIX = "RLM_SANDBOX_"
+_SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_size(text: str | int) -> int:
+    """Return a size in bytes from ``536870912``, ``"512m"`` or ``"2g"`` (powers of 1,024).
+
+    Raises:
+        ValueError: Not a size.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 512m or 2g")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSettings:
+    """How sandboxes are made. Every field can be set from the environment too: ``RLM_SANDBOX_MEMORY=2g``.
+
+    Attributes:
+        image: Image to run, or None for the one built from this package's own files.
+        packages: Requirement strings of extra packages for generated code, such as ``("matplotlib",)``.
+        memory: Memory limit in bytes (also ``"1g"``); swap is off.
+        cpus: CPU limit in cores.
+        pids: Most processes and threads.
+        tmpfs: Size of ``/tmp`` in bytes (also ``"256m"``); it counts as memory.
+        runtime: OCI runtime, such as ``runsc`` for gVisor, or None for the engine's default.
+        environment: Extra environment variables of generated code. Not for secrets.
+        provider: ``docker``.
+        max_sessions: Most sessions in one sandbox.
+        max_output_bytes: Output kept of one execution.
+        max_concurrent_tools: Most host tools run at the same time for one interpreter.
+        timeout_includes_tools: Whether time spent in host tools counts against the execution's time-out.
+        start_timeout_s: How long a sandbox may take to become healthy.
+    """
+
+    image: str | None = None
+    packages: tuple[str, ...] = ()
+    memory: int = 1 << 30
+    cpus: float = 2.0
+    pids: int = 2048
+    tmpfs: int = 256 << 20
+    runtime: str | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    provider: str = "docker"
+    max_sessions: int = 16
+    max_output_bytes: int = 1 << 20
+    max_concurrent_tools: int = 32
+    timeout_includes_tools: bool = True
+    start_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "tmpfs"):
+            object.__setattr__(self, name, _checked(name, parse_size, getattr(self, name)))
+        object.__setattr__(self, "packages", tuple(self.packages))
+        object.__setattr__(self, "environment", dict(self.environment))
+        _require("memory", self.memory >= 64 << 20, self.memory, "at least 64m")
+        _require("tmpfs", self.tmpfs >= 1 << 20, self.tmpfs, "at least 1m")
+        _require("cpus", 0.01 <= self.cpus <= 1024, self.cpus, "between 0.01 and 1024")
+        _require("pids", self.pids >= 16, self.pids, "at least 16")
+        _require("max_sessions", 1 <= self.max_sessions <= 64, self.max_sessions, "between 1 and 64")
+        _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
+        _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
+        _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
+        _require("provider", self.provider == "docker", self.provider, "'docker'")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SandboxSettings:
+        """Read ``RLM_SANDBOX_<FIELD>`` for every field; keywords win.
+
+        Lists are separated by commas, ``environment`` is ``NAME=value`` pairs separated by commas.
+
+        Raises:
+            BadSetting: A variable cannot be read as its field, or names no field.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            raw = environ.get(_PREFIX + field.name.upper())
+            if raw is not None and raw != "":
+                values[field.name] = _checked(_PREFIX + field.name.upper(), _PARSERS.get(field.name, str), raw)
+        return cls(**{**values, **overrides})
+
+
+def _checked(name: str, parse: Callable[[Any], Any], raw: Any) -> Any:
+    try:
+        return parse(raw)
+    except (ValueError, TypeError) as error:
+        raise BadSetting(f"setting {name}: {error}") from None
+
+
+def _require(name: str, holds: bool, value: object, wanted: str) -> None:
+    if not holds:
+        raise BadSetting(f"setting {name}={value!r}: must be {wanted}")
+
+
+def _parse_flag(raw: str) -> bool:
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if raw.lower() not in known:
+        raise ValueError(f"{raw!r} is neither true nor false")
+    return known[raw.lower()]
+
+
+def _parse_list(raw: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in raw.split(",") if part.strip())
+
+
+def _parse_pairs(raw: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in _parse_list(raw)]
+    for name, equals, _ in pairs:
+        if not name or not equals:
+            raise ValueError(f"{raw!r} is not NAME=value,NAME=value")
+    return {name: value for name, _, value in pairs}
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "packages": _parse_list,
+    "memory": parse_size,
+    "tmpfs": parse_size,
+    "cpus": float,
+    "pids": int,
+    "environment": _parse_pairs,
+    "max_sessions": int,
+    "max_output_bytes": int,
+    "max_concurrent_tools": int,
+    "timeout_includes_tools": _parse_flag,
+    "start_timeout_s": float,
+}
