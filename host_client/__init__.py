@@ -1,0 +1,87 @@
+"""The host side of rlm-sandbox: run the code of ``dspy.RLM`` in a Docker sandbox on this machine.
+
+    import dspy
+    from host_client import SandboxInterpreter
+
+    rlm = dspy.RLM("context, query -> answer", interpreter_factory=SandboxInterpreter.factory())
+
+Importing this package imports neither DSPy nor the Docker SDK; they come with the first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import broker as _broker
+
+if not getattr(_broker, "RLM_SANDBOX_BROKER", False):
+    raise ImportError(
+        "the package 'broker' that Python found at "
+        f"{getattr(_broker, '__file__', None) or list(getattr(_broker, '__path__', ['?']))} "
+        "is not the one of rlm-sandbox: another distribution or a folder of that name comes first. Remove or rename "
+        "it, or install rlm-sandbox into a virtual environment of its own (python -m venv .venv)."
+    )
+
+from broker import __version__
+from host_client.errors import (
+    BadSetting,
+    BrokerError,
+    BrokerUnreachable,
+    CallGone,
+    DiskFull,
+    EnginePermission,
+    EngineUnavailable,
+    ImageBuildFailed,
+    ImageMissing,
+    LeaseExpired,
+    ProtocolMismatch,
+    ProviderError,
+    SandboxError,
+    SessionBusy,
+    SessionLost,
+    SetupError,
+    UnknownSandbox,
+)
+from host_client.settings import SandboxSettings
+
+if TYPE_CHECKING:
+    from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
+    from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
+
+_LAZY = {
+    "SandboxInterpreter": "host_client.interpreter",
+    "ScriptedBroker": "host_client.scripted_broker",
+}
+
+__all__ = [
+    "BadSetting",
+    "BrokerError",
+    "BrokerUnreachable",
+    "CallGone",
+    "DiskFull",
+    "EnginePermission",
+    "EngineUnavailable",
+    "ImageBuildFailed",
+    "ImageMissing",
+    "LeaseExpired",
+    "ProtocolMismatch",
+    "ProviderError",
+    "SandboxError",
+    "SandboxInterpreter",
+    "SandboxSettings",
+    "ScriptedBroker",
+    "SessionBusy",
+    "SessionLost",
+    "SetupError",
+    "UnknownSandbox",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the interpreter on first use (PEP 562): it is what pulls in the HTTP client."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
