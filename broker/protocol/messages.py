@@ -303,7 +303,6 @@ class Claim:
     @classmethod
     def from_json(cls, data: Any) -> Claim:
         read = Reader(data, "claim")
-        first, end = read.items("blob_range", [0, 0])
         return cls(
             call_id=read.text("call_id", max_chars=64),
             attempt=read.integer("attempt", low=1),
@@ -312,7 +311,7 @@ class Claim:
             kwargs=read.mapping("kwargs"),
             execution_id=read.text("execution_id", max_chars=64),
             lease_s=read.number("lease_s"),
-            blob_range=(int(first), int(end)),
+            blob_range=_range(read.items("blob_range", [0, 0])),
         )
 
 
@@ -497,6 +496,12 @@ def _identifier(name: str, where: str) -> str:
 def _held(pair: Any) -> tuple[str, int]:
     if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) is not int:
         raise BadRequest("claim request: 'renew' must list [call_id, attempt] pairs")
+    return pair[0], pair[1]
+
+
+def _range(pair: list[Any]) -> tuple[int, int]:
+    if len(pair) != 2 or not all(type(bound) is int for bound in pair) or not 0 <= pair[0] <= pair[1]:
+        raise BadRequest("claim: 'blob_range' must be [first, end)")
     return pair[0], pair[1]
 
 
