@@ -145,7 +145,7 @@ def _import(engine: DockerEngine, root: Path) -> None:
         engine.import_image(
             cast("IO[bytes]", process.stdout),
             tag=BOOTSTRAPPED,
-            changes=['CMD ["python3"]', "ENV LANG=C.UTF-8", "LABEL rlm-sandbox.image=base"],
+            changes=['CMD ["python3"]', "ENV LANG=C.UTF-8"],
         )
         if process.wait() != 0:
             complaint = cast("IO[bytes]", process.stderr).read().decode("utf-8", "replace")

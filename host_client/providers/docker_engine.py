@@ -154,9 +154,10 @@ class DockerEngine:
             return dict(cast("Any", self._quick).inspect_image(tag))
 
     def images(self, repository: str) -> list[str]:
-        """Return the tags that the engine has of one repository."""
+        """Return the tags that the engine has of one repository, newest first."""
         with _errors(f"listing images of {repository}"):
             found = self._quick.images(name=repository)
+        found = sorted(found, key=lambda image: image.get("Created", 0), reverse=True)
         return [tag for image in found for tag in image.get("RepoTags") or [] if tag.startswith(repository + ":")]
 
     def registry_has(self, tag: str, timeout_s: float) -> bool:
@@ -215,10 +216,14 @@ class DockerEngine:
         with _errors(f"tagging {source} as {tag}"):
             self._quick.tag(source, repository, version)
 
-    def remove_image(self, tag: str) -> None:
-        """Remove an image; one that is not there is fine."""
+    def remove_image(self, tag: str, force: bool = True) -> None:
+        """Remove an image; one that is not there is fine.
+
+        Raises:
+            ProviderError: A container uses it, and ``force`` is off.
+        """
         with contextlib.suppress(ImageMissing), _errors(f"removing image {tag}"):
-            self._quick.remove_image(tag, force=True)
+            self._quick.remove_image(tag, force=force)
 
     # Containers.
 
