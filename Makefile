@@ -20,10 +20,10 @@ $(READY): pyproject.toml constraints.txt tools/make_venv.sh
 setup: $(READY)
 	@$(BIN)/rlm-sandbox setup
 
-demo: setup ## An RLM reads all of DSPy's source through the sandbox (no key needed)
+demo: $(READY) ## An RLM reads all of DSPy's source through the sandbox (no key needed)
 	@$(BIN)/rlm-sandbox demo
 
-sandbox-up: setup ## Start the named sandbox daemon and say what to type next
+sandbox-up: $(READY) ## Start the named sandbox daemon and say what to type next
 	@$(BIN)/rlm-sandbox up
 
 sandbox-down: $(READY) ## Stop the named sandbox and remove all of it
@@ -49,7 +49,7 @@ check: $(READY) ## Format, lint and types
 bench: setup ## Compare with dspy.LocalInterpreter and dspy.PythonInterpreter
 	@$(BIN)/python -m benchmarks
 
-devsh: setup ## A shell inside a sandbox container
+devsh: $(READY) ## A shell inside a sandbox container
 	@$(BIN)/rlm-sandbox devsh
 
 clean: ## Remove our containers, images, environments and caches

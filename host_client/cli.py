@@ -1,0 +1,171 @@
+"""The command ``rlm-sandbox``: set-up, the named sandbox, the demo.
+
+What a command needs is imported by that command: ``--help`` answers at once, and ``down`` works without DSPy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from host_client import __version__
+from host_client.errors import SandboxError
+from host_client.machine import Progress
+from host_client.settings import SandboxSettings
+
+DEFAULT_NAME = "default"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; an error of ours is one message, never a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"] and not {"-h", "--help"} & set(arguments):
+        # The demo reads its own options.
+        return _guarded(lambda: _demo(arguments[1:]))
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    return _guarded(lambda: command(parsed))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except SandboxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlm-sandbox", description="A self-hosted Docker sandbox for dspy.RLM, on your own machine."
+    )
+    parser.add_argument("--version", action="version", version=f"rlm-sandbox {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="<command>")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    def add_named(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = add(name, command, text)
+        added.add_argument("name", nargs="?", default=DEFAULT_NAME, help="the sandbox's name (default: %(default)s)")
+        return added
+
+    add("setup", _setup, "engine, base image, image: whatever is missing")
+    add("image", _image, "build the image if its sources or packages changed, and print its tag")
+    add_named("up", _up, "start a named sandbox and say what to type next")
+    add_named("down", _down, "stop a named sandbox and remove all of it")
+    add("status", _status, "what is running, since when, with how many sessions")
+    logs = add_named("logs", _logs, "a sandbox's structured logs")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until interrupted")
+    add_named("devsh", _devsh, "a shell inside a sandbox")
+    add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
+    add("clean", _clean, "remove our containers, images and cached packages")
+    return parser
+
+
+def say(text: str) -> None:
+    """Print one line of set-up at once, also into a pipe."""
+    print(f"[set-up] {text}", flush=True)
+
+
+def prepare(settings: SandboxSettings, progress: Progress = say) -> str:
+    """Bring up whatever is missing, engine, base and image, and return the image's tag."""
+    from host_client.engine import ensure_engine
+    from host_client.image import ensure_image
+
+    with ensure_engine(lambda text: progress(f"engine: {text}")) as engine:
+        progress(f"engine: Docker {engine.version()['Version']} at {engine.url}")
+        tag = ensure_image(settings, lambda text: progress(f"image: {text}"), engine=engine)
+    progress(f"image: {tag} is ready")
+    return tag
+
+
+def _setup(_: argparse.Namespace) -> int:
+    prepare(SandboxSettings.from_environment())
+    return 0
+
+
+def _image(_: argparse.Namespace) -> int:
+    # The tag alone on stdout, for scripts; the rest is for people.
+    print(prepare(SandboxSettings.from_environment(), lambda text: print(f"[set-up] {text}", file=sys.stderr)))
+    return 0
+
+
+def _up(parsed: argparse.Namespace) -> int:
+    from host_client import daemon
+
+    settings = SandboxSettings.from_environment()
+    prepare(settings)
+    return daemon.up(parsed.name, settings)
+
+
+def _down(parsed: argparse.Namespace) -> int:
+    from host_client import daemon
+
+    return daemon.down(parsed.name)
+
+
+def _status(_: argparse.Namespace) -> int:
+    from host_client import daemon
+
+    return daemon.status()
+
+
+def _logs(parsed: argparse.Namespace) -> int:
+    from host_client import daemon
+
+    return daemon.logs(parsed.name, parsed.follow)
+
+
+def _devsh(parsed: argparse.Namespace) -> int:
+    from host_client import daemon
+
+    prepare(SandboxSettings.from_environment())
+    return daemon.devsh(parsed.name)
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from host_client import demo
+
+    prepare(SandboxSettings.from_environment())
+    return demo.main(list(arguments))
+
+
+def _clean(_: argparse.Namespace) -> int:
+    import shutil
+
+    from host_client.engine import connect_engine
+    from host_client.image import remove_images
+    from host_client.providers.container_spec import LABEL
+    from host_client.wheels import cache_folder
+
+    try:
+        with connect_engine() as engine:
+            for container in engine.list({LABEL: ""}):
+                engine.remove(container["Id"])
+                print(f"[clean] removed container {container['Id'][:12]}")
+            for tag in remove_images(engine):
+                print(f"[clean] removed image {tag}")
+    except SandboxError as error:
+        print(f"[clean] containers and images not looked at: {error.message}")
+    if cache_folder().exists():
+        shutil.rmtree(cache_folder(), ignore_errors=True)
+        print(f"[clean] removed {cache_folder()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
