@@ -1,0 +1,130 @@
+"""Waiting for a sandbox to become healthy: woken by the kernel, not by a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+_IN_ATTRIB, _IN_MOVED_TO, _IN_CREATE = 0x4, 0x80, 0x100
+#: Only a safety net, for file systems that tell no events; it bounds how late a missed event is noticed.
+_LOOK_AGAIN_S = 0.25
+
+Result = TypeVar("Result")
+
+
+class NotReady(Exception):
+    """Nothing answers yet."""
+
+
+class TimedOut(Exception):
+    """Nothing answered within the time."""
+
+
+class Died(Exception):
+    """The sandbox ended instead of answering."""
+
+
+class DirectoryWatch:
+    """Becomes readable when something appears in a directory (inotify).
+
+    Watch before starting what will appear, so that nothing is missed. ``fileno()`` is for ``select.poll``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "inotify is not available")
+        if libc.inotify_add_watch(self._fd, os.fsencode(directory), _IN_CREATE | _IN_MOVED_TO | _IN_ATTRIB) < 0:
+            code = ctypes.get_errno()
+            os.close(self._fd)
+            raise OSError(code, f"cannot watch {directory}: {os.strerror(code)}")
+
+    def fileno(self) -> int:
+        """Return the file descriptor to poll."""
+        return self._fd
+
+    def drain(self) -> None:
+        """Forget the events so far."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._fd, 4096):
+                pass
+
+    def __enter__(self) -> DirectoryWatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+
+def wait_until_ready(
+    probe: Callable[[float], Result],
+    *,
+    watch: DirectoryWatch,
+    pid: int | None,
+    is_running: Callable[[], bool],
+    timeout_s: float,
+) -> Result:
+    """Return what ``probe`` returns once it no longer raises ``NotReady``.
+
+    Args:
+        probe: Asks the sandbox; given the seconds that are left.
+        watch: On the directory in which the socket will appear.
+        pid: The sandbox's first process as this host sees it, or None where it cannot be known.
+        is_running: Asks the engine; called when the process ended, or when it cannot be watched.
+        timeout_s: How long to wait at most.
+
+    Raises:
+        TimedOut: The time is over.
+        Died: The sandbox ended.
+    """
+    deadline = time.monotonic() + timeout_s
+    with _process_watch(pid) as process:
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimedOut
+            watch.drain()
+            try:
+                return probe(left_s)
+            except NotReady:
+                pass
+            if _wait(watch, process, min(left_s, _LOOK_AGAIN_S)):
+                continue
+            if not is_running():
+                raise Died
+            # The engine says that it runs: the pid was not the sandbox's (an engine in a virtual machine).
+            process = None
+
+
+def _wait(watch: DirectoryWatch, process: int | None, timeout_s: float) -> bool:
+    """Wait for an event; False where the engine should be asked whether the sandbox still runs."""
+    poll = select.poll()
+    poll.register(watch, select.POLLIN)
+    if process is not None:
+        poll.register(process, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
+    return process not in ready if process is not None else bool(ready)
+
+
+@contextlib.contextmanager
+def _process_watch(pid: int | None) -> Iterator[int | None]:
+    """Yield a descriptor that becomes readable when the process ends, or None where there is no such process."""
+    fd = None
+    with contextlib.suppress(OSError):
+        if pid:
+            fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
