@@ -108,7 +108,9 @@ def _offline_command(command: list[str]) -> list[str]:
     """The same command, with the one helper that the runner loads by URL taken from this folder."""
     helper = Path(__file__).with_name("deno") / "read_lines.ts"
     runner = next(Path(part) for part in command if part.endswith("runner.js"))
-    url = next(line.split('"')[1] for line in runner.read_text().splitlines() if "readLines" in line and "import" in line)
+    url = next(
+        line.split('"')[1] for line in runner.read_text().splitlines() if "readLines" in line and "import" in line
+    )
     folder = Path(tempfile.mkdtemp(prefix="rlm-sandbox-bench-"))
     import_map = folder / "import_map.json"
     import_map.write_text(json.dumps({"imports": {url: str(helper)}}))

@@ -73,7 +73,9 @@ def _panel(panel: Any, case: str, figures: list[Figure], colours: dict[str, str]
     scale, unit = (1e3, "ms") if figures[0].unit == "s" else (1 / (1 << 20), "MiB")
     medians = [figure.median * scale for figure in figures]
     spread = [[0.0] * len(figures), [max(0.0, f.p95 * scale - m) for f, m in zip(figures, medians, strict=True)]]
-    bars = panel.bar(range(len(figures)), medians, yerr=spread, capsize=3, color=[colours[f.contender] for f in figures])
+    bars = panel.bar(
+        range(len(figures)), medians, yerr=spread, capsize=3, color=[colours[f.contender] for f in figures]
+    )
     panel.bar_label(bars, labels=[_short(median) for median in medians], padding=2, fontsize=8)
     panel.set_yscale("log")
     panel.set_ylim(top=panel.get_ylim()[1] * 2)

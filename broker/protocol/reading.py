@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import enum
+from typing import Any, TypeVar
 
+JsonObject = dict[str, Any]
+
+_Member = TypeVar("_Member", bound=enum.Enum)
 _MISSING = object()
 
 
@@ -95,6 +99,14 @@ class Reader:
         if not isinstance(value, dict):
             raise self._wrong(name, "an object", value)
         return value
+
+    def member(self, name: str, kind: type[_Member]) -> _Member:
+        """Return a member of an enum, given by its value."""
+        text = self.text(name)
+        try:
+            return kind(text)
+        except ValueError:
+            raise BadRequest(f"{self._where}: '{name}' has the unknown value {text[:40]!r}") from None
 
     def _in_range(self, name: str, value: float, low: float, high: float) -> float:
         if not low <= value <= high:

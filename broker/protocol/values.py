@@ -170,7 +170,8 @@ class Encoder:
             return self._items(value.tolist(), path, depth, parents)
         raise ValueNotSendable(
             f"{path}: a value of type {type(value).__module__}.{type(value).__qualname__} cannot cross the sandbox "
-            "boundary; send JSON values, bytes, tuples, sets, dates, decimals, arrays, tables, dataclasses or pydantic models"
+            "boundary; send JSON values, bytes, tuples, sets, dates, decimals, arrays, tables, dataclasses or pydantic "
+            "models"
         )
 
     def _array(self, value: Any, path: str, depth: int, parents: tuple[int, ...]) -> Any:
@@ -183,8 +184,12 @@ class Encoder:
         if self.listify:
             return self._encode(value.to_dict(orient="records"), path, depth + 1, parents)
         columns = [
-            [self._encode(name, path, depth + 1, parents), str(value.dtypes.iloc[i]), self._column(value.iloc[:, i], path, depth, parents)]
-            for i, name in enumerate(value.columns)
+            [
+                self._encode(name, path, depth + 1, parents),
+                str(value.dtypes.iloc[position]),
+                self._column(value.iloc[:, position], path, depth, parents),
+            ]
+            for position, name in enumerate(value.columns)
         ]
         index = self._encode(value.index.tolist(), f"{path} index", depth + 1, parents)
         return {"$dataframe": {"columns": columns, "index": index}}
@@ -217,9 +222,12 @@ def _stable_order(values: set[Any] | frozenset[Any]) -> list[Any]:
 
 def _without_subclass(value: Any) -> Any:
     """The builtin behind a subclass such as ``defaultdict`` or an ``IntEnum`` member's int."""
-    for builtin in (bool, int, float, str, list, dict):
-        if isinstance(value, builtin):
-            return builtin(value) if builtin is not str else str.__str__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    kinds: tuple[Callable[[Any], Any], ...] = (int, float, list, dict)
+    for builtin in kinds:
+        if isinstance(value, builtin):  # type: ignore[arg-type]
+            return builtin(value)
     raise AssertionError(type(value))
 
 

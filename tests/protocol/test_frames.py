@@ -72,7 +72,15 @@ def test_malformed_frames_are_refused(wire: bytes, says: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"NaN", b'{"a": NaN}', b'{"a": Infinity}', b"[" * 100_000, b'{"a":' * 100_000, b'{"a": 1' + b"0" * 5000 + b"}", b"\xff"],
+    [
+        b"NaN",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": 1' + b"0" * 5000 + b"}",
+        b"\xff",
+    ],
     ids=range(7),
 )
 def test_hostile_json_is_refused(text: bytes) -> None:

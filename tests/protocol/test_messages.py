@@ -81,7 +81,7 @@ def test_junk_is_refused_or_read_as_defaults_but_never_crashes(message: Any, jun
         (ToolDefinition, {"name": "not valid"}, "not a Python identifier"),
         (ToolDefinition, {"name": "class"}, "not a Python identifier"),
         (ToolParameter, {"name": "a", "kind": "strange"}, "unknown kind"),
-        (ExecutionResult, {"outcome": "great"}, "unknown outcome"),
+        (ExecutionResult, {"outcome": "great"}, "'outcome' has the unknown value"),
         (Claim, {**CLAIM.to_json(), "blob_range": [1]}, "blob_range"),
     ],
 )
