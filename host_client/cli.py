@@ -149,13 +149,15 @@ def _clean(_: argparse.Namespace) -> int:
 
     from host_client.engine import connect_engine
     from host_client.image import remove_images
-    from host_client.providers.container_spec import LABEL
+    from host_client.providers.container_spec import LABEL, LABEL_HOST_UID
+    from host_client.reaper import remove_directory
     from host_client.wheels import cache_folder
 
     try:
         with connect_engine() as engine:
-            for container in engine.list({LABEL: ""}):
+            for container in engine.list({LABEL: "", LABEL_HOST_UID: str(os.geteuid())}):
                 engine.remove(container["Id"])
+                remove_directory(container)
                 print(f"[clean] removed container {container['Id'][:12]}")
             for tag in remove_images(engine):
                 print(f"[clean] removed image {tag}")

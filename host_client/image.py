@@ -108,7 +108,6 @@ def _build(engine: DockerEngine, tag: str, settings: ImageSettings, progress: Pr
             raise ImageBuildFailed("The sources changed while the image was being put together.", help="Run it again.")
         context.seek(0)
         _run_build(engine, context, tag, base)
-    progress(f"{tag} is built")
     _prune(engine, tag)
 
 
