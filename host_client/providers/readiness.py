@@ -24,7 +24,7 @@ class NotReady(Exception):
 
 
 class TimedOut(Exception):
-    """Nothing answered within the time."""
+    """Nothing answered within the time; the text says what was tried last."""
 
 
 class Died(Exception):
@@ -88,16 +88,17 @@ def wait_until_ready(
         Died: The sandbox ended.
     """
     deadline = time.monotonic() + timeout_s
+    last = "nothing tried"
     with _process_watch(pid) as process:
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise TimedOut
+                raise TimedOut(last)
             watch.drain()
             try:
                 return probe(left_s)
-            except NotReady:
-                pass
+            except NotReady as error:
+                last = str(error)
             if _wait(watch, process, min(left_s, _LOOK_AGAIN_S)):
                 continue
             if not is_running():

@@ -1,0 +1,223 @@
+"""From settings to a healthy container, or to nothing at all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from broker.protocol import PROTOCOL_VERSION
+from host_client import runtime_dir
+from host_client.errors import (
+    BadSetting,
+    BrokerUnreachable,
+    ProtocolMismatch,
+    ProviderError,
+    SandboxError,
+    SetupError,
+)
+from host_client.owner import Owner
+from host_client.providers.base import SandboxHandle
+from host_client.providers.container_spec import (
+    LABEL,
+    LABEL_DIRECTORY,
+    LABEL_HOST_UID,
+    LABEL_KIND,
+    LABEL_NAME,
+    NAMED,
+    ContainerSpec,
+)
+from host_client.providers.docker_engine import ContainerNotFound
+from host_client.providers.engine_api import Engine
+from host_client.providers.exits import death_reason, explained, log_tail
+from host_client.providers.readiness import Died, DirectoryWatch, NotReady, TimedOut, wait_until_ready
+from host_client.reaper import remove_directory
+from host_client.runtime_dir import RuntimeDir, SandboxDirectory
+from host_client.settings import SandboxSettings
+from host_client.transport import UnixSocketTransport
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+
+
+class NameTaken(SetupError):
+    """A sandbox of that name is already running."""
+
+    code = "name_taken"
+
+
+def launch(
+    engine: Engine,
+    runtime: RuntimeDir,
+    settings: SandboxSettings,
+    *,
+    image: str,
+    name: str | None,
+    own: Callable[[SandboxHandle], None],
+) -> SandboxHandle:
+    """Start a sandbox and return once its broker answers.
+
+    Args:
+        engine: Runs it.
+        runtime: Where its socket will be.
+        settings: Limits.
+        image: Tag of the image.
+        name: None for an owned sandbox.
+        own: Told of an owned sandbox, so that none is ever without somebody to stop it.
+
+    Raises:
+        SetupError: The image is missing, the disk full, a setting impossible, the name taken.
+        ProviderError: The engine or the sandbox failed; nothing is left behind.
+        ProtocolMismatch: The image speaks another version.
+    """
+    owner = Owner.current()
+    directory = runtime.create(owner)
+    spec = _spec(settings, image, name, owner, directory)
+    try:
+        with DirectoryWatch(directory.path) as watch:
+            container_id = _create(engine, spec)
+            engine.start(container_id)
+            _wait_until_healthy(engine, container_id, spec, watch)
+        handle = SandboxHandle(
+            sandbox_id=container_id, name=spec.name, socket_path=directory.socket_path, owned=spec.owned
+        )
+        if handle.owned:
+            own(handle)
+        return handle
+    except BaseException as error:
+        # Ctrl-C may strike while the engine already creates it: by name, then, and only if it is this one.
+        _remove_if_same(engine, spec)
+        runtime.remove(directory.path.name)
+        if isinstance(error, ProviderError):
+            raise explained(error, settings) from error
+        raise
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a sandbox's name.
+
+    Raises:
+        BadSetting: It cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadSetting(
+            f"{name!r} cannot be the name of a sandbox", help="use up to 63 letters, digits, '_', '.' and '-'"
+        )
+
+
+def find_named(engine: Engine, name: str) -> dict[str, Any] | None:
+    """Return the engine's list entry of this user's named sandbox, running or not, or None."""
+    labels = {LABEL: "1", LABEL_KIND: NAMED, LABEL_NAME: name, LABEL_HOST_UID: str(os.geteuid())}
+    found = engine.list(labels)
+    return found[0] if found else None
+
+
+def handle_of(container: Mapping[str, Any]) -> SandboxHandle:
+    """Return the handle for an entry of the engine's list."""
+    labels = container["Labels"]
+    return SandboxHandle(
+        sandbox_id=container["Id"],
+        name=labels[LABEL_NAME],
+        socket_path=Path(labels[LABEL_DIRECTORY]) / runtime_dir.SOCKET_NAME,
+        owned=labels[LABEL_KIND] != NAMED,
+    )
+
+
+def _spec(
+    settings: SandboxSettings, image: str, name: str | None, owner: Owner, directory: SandboxDirectory
+) -> ContainerSpec:
+    return ContainerSpec(
+        settings=settings,
+        image=image,
+        name=name or secrets.token_hex(4),
+        owned=name is None,
+        owner=owner.label(),
+        directory=directory.path,
+        guest_uid_base=directory.guest_uid_base,
+        broker_uid=runtime_dir.broker_uid(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+class _Conflict(Exception):
+    """A container of that name exists."""
+
+
+def _create(engine: Engine, spec: ContainerSpec) -> str:
+    with contextlib.suppress(_Conflict):
+        return _create_or_conflict(engine, spec)
+    taken = find_named(engine, spec.name)
+    if taken is not None and taken["State"] == "running":
+        raise NameTaken(f"a sandbox {spec.name!r} is already running", help=f"to stop it: rlm-sandbox down {spec.name}")
+    if taken is not None:
+        # It ended by itself, or never started: nobody uses it.
+        engine.remove(taken["Id"])
+        remove_directory(taken)
+    try:
+        return _create_or_conflict(engine, spec)
+    except _Conflict:
+        raise NameTaken(f"somebody else starts a sandbox {spec.name!r} right now") from None
+
+
+def _create_or_conflict(engine: Engine, spec: ContainerSpec) -> str:
+    try:
+        return engine.create_container(**spec.keywords())
+    except ProviderError as error:
+        if not spec.owned and "already in use" in error.message:
+            raise _Conflict from error
+        raise
+
+
+def _wait_until_healthy(engine: Engine, container_id: str, spec: ContainerSpec, watch: DirectoryWatch) -> None:
+    timeout_s = spec.settings.start_timeout_s
+    try:
+        health = wait_until_ready(
+            lambda left_s: _probe(spec.directory / runtime_dir.SOCKET_NAME, left_s),
+            watch=watch,
+            pid=engine.inspect(container_id)["State"].get("Pid"),
+            is_running=lambda: death_reason(engine.inspect(container_id)["State"]) is None,
+            timeout_s=timeout_s,
+        )
+    except Died:
+        reason = death_reason(engine.inspect(container_id)["State"])
+        raise ProviderError(
+            f"the sandbox ended while it started: {reason}{log_tail(engine.logs(container_id))}"
+        ) from None
+    except TimedOut as late:
+        raise ProviderError(
+            f"the sandbox did not answer within {timeout_s:g} s ({late}){log_tail(engine.logs(container_id))}",
+            help="a slow machine? Give it more time: RLM_SANDBOX_START_TIMEOUT_S=120",
+        ) from None
+    if health.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"the image {spec.image} speaks protocol {health.get('protocol')!r}, this package {PROTOCOL_VERSION}",
+            help="rebuild the image: rlm-sandbox image",
+        )
+
+
+def _probe(socket_path: Path, left_s: float) -> dict[str, Any]:
+    transport = UnixSocketTransport(socket_path)
+    try:
+        return transport.request("GET", "/v1/health", timeout_s=left_s).header
+    except BrokerUnreachable as error:
+        raise NotReady(error.message) from error
+    finally:
+        transport.close()
+
+
+def _remove_if_same(engine: Engine, spec: ContainerSpec) -> None:
+    try:
+        found = engine.inspect(spec.container_name)
+        if found["Config"]["Labels"].get(LABEL_DIRECTORY) == str(spec.directory):
+            engine.remove(found["Id"])
+    except ContainerNotFound:
+        pass
+    except SandboxError as error:
+        log.warning("the container %s may be left over: %s", spec.container_name, error.message)
