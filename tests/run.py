@@ -187,7 +187,9 @@ def _installed_dspy(python: Path) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"[tests] {text}", flush=True)
+    # In one write: two legs are prepared at once.
+    sys.stdout.write(f"[tests] {text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
