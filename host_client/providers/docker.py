@@ -37,6 +37,8 @@ class _Process:
         self.reaped = False
         self.has_exit_hook = False
         self.owned: dict[str, SandboxHandle] = {}
+        # One for each sandbox that is being stopped: who stops it too returns no earlier than it is gone.
+        self.stopping: dict[str, threading.Lock] = {}
 
 
 class DockerProvider:
@@ -114,12 +116,14 @@ class DockerProvider:
         """
         if self._is_inherited(handle):
             return
+        process = self._process
         try:
-            with self._engine() as engine:
+            with process.stopping.setdefault(handle.sandbox_id, threading.Lock()), self._engine() as engine:
                 engine.remove(handle.sandbox_id)
                 # Only when the container is gone: its uids and its directory must not be given to another.
                 remove_sandbox_directory(handle.socket_path.parent)
-                self._process.owned.pop(handle.sandbox_id, None)
+                process.owned.pop(handle.sandbox_id, None)
+                process.stopping.pop(handle.sandbox_id, None)
         except SandboxError as error:
             log.warning("the sandbox %s could not be removed, a later start will: %s", handle.name, error.message)
 

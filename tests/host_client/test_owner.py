@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 
 import pytest
 
 from host_client.owner import Owner
+from tests.host_client.provider_fixtures import dead_owner
 
 
 def test_this_process_is_alive() -> None:
@@ -17,15 +16,7 @@ def test_this_process_is_alive() -> None:
 
 
 def test_a_process_that_ended_is_dead() -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", "from host_client.owner import Owner; print(Owner.current().label())"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    owner = Owner.parse(child.stdout.strip())
-    assert owner is not None
-    assert owner.is_dead()
+    assert dead_owner().is_dead()
 
 
 def test_a_zombie_is_dead() -> None:

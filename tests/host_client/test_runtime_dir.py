@@ -18,6 +18,7 @@ from host_client import runtime_dir
 from host_client.errors import BadSetting, DiskFull, ProviderError, SetupError
 from host_client.owner import Owner
 from host_client.runtime_dir import RuntimeDir, locate
+from tests.host_client.provider_fixtures import dead_owner
 
 
 @pytest.fixture
@@ -30,19 +31,6 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture
 def runtime(tmp_path: Path) -> RuntimeDir:
     return RuntimeDir(tmp_path / "r")
-
-
-def dead_owner() -> Owner:
-    """An owner that really lived in this boot and is gone."""
-    child = subprocess.run(
-        [sys.executable, "-c", "from host_client.owner import Owner; print(Owner.current().label())"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    owner = Owner.parse(child.stdout.strip())
-    assert owner is not None
-    return owner
 
 
 def test_the_variable_wins_over_every_default(tmp_path: Path) -> None:
