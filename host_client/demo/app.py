@@ -17,9 +17,11 @@ from typing import Any
 
 from host_client.demo import corpus
 from host_client.demo.keys import ModelChoice
+from host_client.demo.models import language_model
 from host_client.demo.run_log import RunLog
 from host_client.demo.screen import Ending, Opening, Screen
-from host_client.demo.scripted_lm import Message, serve
+from host_client.demo.script import SourceReader
+from host_client.demo.scripted_lm import Message
 
 QUESTION = "Which modules and which optimizers does DSPy define? One line each."
 
@@ -74,7 +76,10 @@ def run(plan: Plan, screen: Screen) -> bool:
         screen.opening(_opening(plan, source, dspy.__version__))
         log = RunLog(screen)
         started = time.monotonic()
-        with _language_model(plan) as lm, screen.waiting("starting the sandbox"):
+        with (
+            language_model(plan.model, SourceReader(), think_s=_think_s if plan.think else None) as lm,
+            screen.waiting("starting the sandbox"),
+        ):
             prediction = _ask(lm, source, plan.factory, log)
         total_s = time.monotonic() - started
         verdicts = corpus.check_answer(prediction.modules, prediction.optimizers, corpus.inspect_package())
@@ -98,24 +103,6 @@ def _opening(plan: Plan, source: Mapping[str, str], version: str) -> Opening:
         model=model,
         sandbox=plan.sandbox,
     )
-
-
-@contextlib.contextmanager
-def _language_model(plan: Plan) -> Iterator[Any]:
-    """Give the ``dspy.LM`` of the run; the scripted one has its server for as long as the block lasts."""
-    import dspy
-
-    if plan.model is not None:
-        base = {} if plan.model.api_base is None else {"api_base": plan.model.api_base}
-        yield dspy.LM(plan.model.model, api_key=plan.model.api_key, temperature=1.0, max_tokens=16_000, **base)
-        return
-    from host_client.demo.script import SourceReader
-
-    with serve(SourceReader(), think_s=_think_s if plan.think else None) as server:
-        # The cache would replay the replies of the last run; retries would hide a script that is stuck.
-        yield dspy.LM(
-            "openai/scripted", api_base=server.base_url, api_key="not-a-key", cache=False, num_retries=0,
-        )  # fmt: skip
 
 
 def _think_s(messages: Sequence[Message]) -> float:
