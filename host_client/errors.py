@@ -18,6 +18,7 @@
     │ ├ LeaseExpired                  a result came too late; somebody else holds the call
     │ └ CallGone                      a result came for a call that was cancelled
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
+    ├ MalformedReply                  what came from the broker breaks the protocol
     └ SessionLost                     the namespace is gone; ``reason`` says why
 
 While DSPy is in use, what ``SandboxInterpreter`` raises is also an instance of the class that the
@@ -142,13 +143,20 @@ class BrokerUnreachable(SandboxError):
     code = "broker_unreachable"
 
 
+class MalformedReply(SandboxError):
+    """What came from the broker breaks the protocol; the sandbox is not asked again."""
+
+    code = "malformed_reply"
+
+
 class SessionLost(SandboxError):
     """The session's namespace is gone and this interpreter cannot go on.
 
     Args:
         message: What happened.
-        reason: ``deadline``, ``oom``, ``killed``, ``crashed(SIGNAL)``, ``exited(N)``, ``removed``, ``engine_gone``,
-            ``protocol`` or ``shutdown``.
+        reason: ``deadline``, ``interrupted``, ``output_limit``, ``oom``, ``killed``, ``crashed(SIGNAL)``,
+            ``exited(N)``, ``removed``, ``engine_gone``, ``unresponsive`` (the broker no longer answers), ``protocol``
+            or ``shutdown``.
     """
 
     code = "session_lost"

@@ -1,0 +1,219 @@
+"""What the interpreter asks of a broker, and the client that asks it over HTTP. The routes: ``docs/protocol.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import quote
+
+from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.frames import Blob
+from broker.protocol.messages import ClaimRequest, ExecuteRequest, Progress, ToolResult
+from broker.protocol.reading import BadRequest, Reader
+from host_client.errors import (
+    BrokerError,
+    CallGone,
+    LeaseExpired,
+    MalformedReply,
+    ProtocolMismatch,
+    SessionBusy,
+    SessionLost,
+)
+from host_client.transport import Reply, Transport
+
+#: Requests that nothing waits for in the broker.
+_PROMPT_S = 10.0
+#: How much later than asked a long poll may be answered by a broker that is merely busy.
+LATE_S = 5.0
+#: 20 MB/s: a busy machine copies large values slowly.
+_SEND_S_PER_BYTE = 1 / 20e6
+_NOT_FOUND = 404
+_MAX_ERROR_CHARS = 10_000
+
+Answer = TypeVar("Answer")
+
+
+class News(NamedTuple):
+    """The answer to posting an execution and to asking for claims.
+
+    Attributes:
+        progress: The message.
+        blobs: Raw parts of the result's value, or of the claims' arguments (``Claim.blob_range``).
+    """
+
+    progress: Progress
+    blobs: Sequence[Blob]
+
+
+class BrokerClient(Protocol):
+    """Speaks to one broker. Implementations are safe to share between threads.
+
+    Every method raises ``BrokerUnreachable``, ``MalformedReply``, ``SessionLost`` or another ``BrokerError``.
+    """
+
+    def check(self) -> None:
+        """Check once that the broker is there and speaks our version of the protocol.
+
+        Raises:
+            ProtocolMismatch: It speaks another one.
+        """
+
+    def open_session(self) -> str:
+        """Open a session and return its id."""
+
+    def execute(
+        self,
+        session_id: str,
+        request: ExecuteRequest,
+        blobs: Sequence[Blob],
+        wanted: ClaimRequest,
+        *,
+        late_s: float = LATE_S,
+    ) -> News:
+        """Post an execution and wait for its end, or for tool calls, as ``claim`` does.
+
+        Args:
+            session_id: The session.
+            request: Posting the same id again runs nothing.
+            blobs: Raw parts of the variables.
+            wanted: What to wait for.
+            late_s: See ``claim``.
+        """
+
+    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
+        """Claim tool calls, renew claims, and wait for a claim or the end of the execution.
+
+        Args:
+            session_id: The session.
+            wanted: What to claim, and how long to wait.
+            late_s: How many seconds later the answer may come before the broker counts as gone.
+        """
+
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+        """Post what a tool gave.
+
+        Raises:
+            LeaseExpired: Somebody else holds the call.
+            CallGone: The call was cancelled.
+        """
+
+    def interrupt(self, session_id: str, execution_id: str) -> None:
+        """Stop an execution but keep the namespace; one that has ended is left alone."""
+
+    def close_session(self, session_id: str) -> None:
+        """End a session. Idempotent."""
+
+    def close(self) -> None:
+        """Close connections. Idempotent."""
+
+
+class HttpBrokerClient:
+    """A ``BrokerClient`` that speaks HTTP.
+
+    Args:
+        transport: How requests get there.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def check(self) -> None:
+        """See ``BrokerClient.check``."""
+        health = _checked(self._transport.request("GET", "/v1/health", timeout_s=_PROMPT_S)).header
+        spoken = health.get("protocol")
+        if spoken != PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"the sandbox speaks version {spoken!r:.40} of the protocol, this package version {PROTOCOL_VERSION}",
+                help="rebuild the image: rlm-sandbox image",
+            )
+
+    def open_session(self) -> str:
+        """See ``BrokerClient.open_session``."""
+        reply = _checked(self._transport.request("POST", "/v1/sessions", {}, timeout_s=_PROMPT_S))
+        return _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
+
+    def execute(
+        self,
+        session_id: str,
+        request: ExecuteRequest,
+        blobs: Sequence[Blob],
+        wanted: ClaimRequest,
+        *,
+        late_s: float = LATE_S,
+    ) -> News:
+        """See ``BrokerClient.execute``."""
+        path = f"/v1/sessions/{_part(session_id)}/executions?limit={wanted.limit}&wait_s={wanted.wait_s:.3f}"
+        timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * sum(map(len, blobs))
+        return _news(self._transport.request("POST", path, request.to_json(), blobs, timeout_s=timeout_s))
+
+    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
+        """See ``BrokerClient.claim``."""
+        path = f"/v1/sessions/{_part(session_id)}/claims"
+        return _news(self._transport.request("POST", path, wanted.to_json(), timeout_s=wanted.wait_s + late_s))
+
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+        """See ``BrokerClient.answer``."""
+        timeout_s = _PROMPT_S + _SEND_S_PER_BYTE * sum(map(len, blobs))
+        path = f"/v1/tool-calls/{_part(call_id)}/result"
+        _checked(self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s))
+
+    def interrupt(self, session_id: str, execution_id: str) -> None:
+        """See ``BrokerClient.interrupt``."""
+        _checked(self._transport.request("POST", f"/v1/executions/{execution_id}/interrupt", {}, timeout_s=_PROMPT_S))
+
+    def close_session(self, session_id: str) -> None:
+        """See ``BrokerClient.close_session``."""
+        reply = self._transport.request("DELETE", f"/v1/sessions/{_part(session_id)}", timeout_s=_PROMPT_S)
+        if reply.status != _NOT_FOUND:
+            _checked(reply)
+
+    def close(self) -> None:
+        """See ``BrokerClient.close``."""
+        self._transport.close()
+
+
+def _news(reply: Reply) -> News:
+    progress = _read(lambda: Progress.from_json(_checked(reply).header))
+    if any(not 0 <= first <= end <= len(reply.blobs) for first, end in (c.blob_range for c in progress.claims)):
+        raise MalformedReply("a claim refers to blobs that did not come with it")
+    return News(progress, reply.blobs)
+
+
+def _part(text: str) -> str:
+    """Return an id of the broker's making as one part of a path."""
+    return quote(text, safe="")
+
+
+def _read(read: Callable[[], Answer]) -> Answer:
+    try:
+        return read()
+    except BadRequest as error:
+        raise MalformedReply(f"the broker's answer is malformed: {error}") from None
+
+
+def _checked(reply: Reply) -> Reply:
+    """Return the reply, or raise the error that it stands for."""
+    if 200 <= reply.status < 300:
+        return reply
+    error = reply.header.get("error")
+    code, message, reason = (_text(error, name) for name in ("code", "message", "reason"))
+    message = message or f"the broker answered with status {reply.status}"
+    if code == SessionLost.code:
+        raise SessionLost(message, reason=reason or "unknown")
+    if code == "unknown_session":
+        raise SessionLost(message, reason="removed")
+    raise _ERRORS.get(code, BrokerError)(message, status=reply.status)
+
+
+def _text(error: Any, name: str) -> str:
+    value = error.get(name) if isinstance(error, dict) else None
+    return value[:_MAX_ERROR_CHARS] if isinstance(value, str) else ""
+
+
+#: What the broker's codes are here; a call that it no longer knows ended long ago.
+_ERRORS: dict[str, type[BrokerError]] = {
+    SessionBusy.code: SessionBusy,
+    LeaseExpired.code: LeaseExpired,
+    CallGone.code: CallGone,
+    "unknown_call": CallGone,
+}

@@ -1,0 +1,112 @@
+"""What a user can get wrong in the arguments of an interpreter; nothing has run when one of these raises."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from broker.protocol.messages import OutputField
+from host_client.errors import BadSetting
+from host_client.settings import SandboxSettings
+from host_client.tool_definitions import RESERVED_NAMES, check_tool
+
+_FIELD_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "NoneType"})
+
+
+def check_keywords(
+    *, tools: Any, output_fields: Any, execution_timeout_s: Any, settings: Any, sandbox: Any, callbacks: Any
+) -> None:
+    """Check the constructor's arguments.
+
+    Raises:
+        BadSetting: One of them cannot work; the message names it.
+    """
+    if tools is not None and not isinstance(tools, Mapping):
+        raise BadSetting(f"tools must be a dict of name and callable, got {type(tools).__name__}")
+    for name, function in (tools or {}).items():
+        check_tool(name, function)
+    read_output_fields(output_fields)
+    if settings is not None and not isinstance(settings, SandboxSettings):
+        raise BadSetting(f"settings must be a SandboxSettings, got {type(settings).__name__}")
+    if sandbox is not None and (not isinstance(sandbox, str) or not sandbox):
+        raise BadSetting(f"sandbox must be the name of a running sandbox, got {sandbox!r:.80}")
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
+    check_timeout(execution_timeout_s)
+
+
+def check_timeout(timeout_s: Any) -> None:
+    """Check ``execution_timeout_s``: seconds, or None for no deadline.
+
+    Raises:
+        BadSetting: Neither.
+    """
+    if timeout_s is None:
+        return
+    number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not number or not math.isfinite(timeout_s) or not 0.001 <= timeout_s <= 1e9:
+        raise BadSetting(f"execution_timeout_s must be seconds (at least 0.001) or None, got {timeout_s!r:.80}")
+
+
+def read_output_fields(fields: Any) -> tuple[OutputField, ...] | None:
+    """Read ``[{"name": "answer", "type": "str"}, ...]``; a type may also be the class itself.
+
+    Raises:
+        BadSetting: Not a list of such, a name that is no identifier, an unknown type, or a name given twice.
+    """
+    if fields is None:
+        return None
+    if not isinstance(fields, (list, tuple)):
+        raise BadSetting(f"output_fields must be a list of dicts, got {type(fields).__name__}")
+    read = tuple(_field(field) for field in fields)
+    names = [field.name for field in read]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadSetting(f"output_fields: {twice[0]!r} is there more than once")
+    return read
+
+
+def check_variables(variables: Any, tool_names: Set[str]) -> dict[str, Any]:
+    """Check the names of variables.
+
+    Raises:
+        BadSetting: Not a dict, a name that is no identifier, or one that the sandbox or a tool has.
+    """
+    if variables is None:
+        return {}
+    if not isinstance(variables, dict):
+        raise BadSetting(f"variables must be a dict, got {type(variables).__name__}")
+    for name in variables:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise BadSetting(f"variable name {name!r:.80} is not a Python identifier")
+        if name in RESERVED_NAMES:
+            raise BadSetting(f"variable name {name!r} is taken: the sandbox defines it")
+        if name in tool_names:
+            raise BadSetting(f"variable name {name!r} is the name of a tool")
+    return variables
+
+
+def check_code(code: Any) -> str:
+    """Check that the code is text.
+
+    Raises:
+        BadSetting: It is not.
+    """
+    if not isinstance(code, str):
+        raise BadSetting(f"code must be a str, got {type(code).__name__}")
+    return code
+
+
+def _field(field: Any) -> OutputField:
+    name = field.get("name") if isinstance(field, Mapping) else None
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise BadSetting(f"output_fields: {field!r:.80} has no name that is a Python identifier")
+    kind = field.get("type")
+    kind = kind.__name__ if isinstance(kind, type) else kind
+    if kind is not None and kind not in _FIELD_TYPES:
+        raise BadSetting(
+            f"output_fields: {name!r} has the type {kind!r:.80}; known are {', '.join(sorted(_FIELD_TYPES))}"
+        )
+    return OutputField(name=name, type=kind)

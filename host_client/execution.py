@@ -1,0 +1,108 @@
+"""One execution from post to result: waits, hands tool calls over, guards the deadline, interrupts on Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+from broker.protocol import limits
+from broker.protocol.frames import Blob
+from broker.protocol.messages import ClaimRequest, ExecuteRequest
+from host_client.broker_client import LATE_S, BrokerClient, News
+from host_client.errors import MalformedReply, SandboxError, SessionLost
+from host_client.tool_runner import POLL_S, ToolCalls
+
+log = logging.getLogger(__name__)
+
+#: How much longer than the broker's own last resort the host waits before it stops believing in the broker.
+HOST_GUARD_S = 5.0
+#: The broker's clock and ours differ by what a request takes.
+_GUARD_LATE_S = 0.5
+
+
+class Execution:
+    """Runs one request.
+
+    Args:
+        client: The broker.
+        session_id: The session.
+        calls: Where tool calls go.
+    """
+
+    def __init__(self, client: BrokerClient, session_id: str, calls: ToolCalls) -> None:
+        self._client, self._session_id, self._calls = client, session_id, calls
+
+    def run(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> News:
+        """Post the request and return its result.
+
+        Whatever is raised in this thread meanwhile (Ctrl-C, a cancellation) stops the execution in the sandbox first,
+        so that the session can be used again.
+
+        Raises:
+            SandboxError: What the broker client raises.
+            SessionLost: The broker let the deadline pass.
+        """
+        try:
+            return self._run(request, blobs)
+        except SandboxError:
+            raise
+        except BaseException:
+            self._interrupt(request.execution_id)
+            raise
+        finally:
+            self._calls.end()
+
+    def _run(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> News:
+        guard = _Guard(request)
+        wait_s, late_s = guard.patience(busy=False)
+        wanted = self._calls.wanted(wait_s=wait_s)
+        news = self._client.execute(self._session_id, request, blobs, wanted, late_s=late_s)
+        while news.progress.running:
+            self._calls.take(news)
+            wait_s, late_s = guard.patience(busy=self._calls.busy)
+            news = self._client.claim(self._session_id, self._calls.wanted(wait_s=wait_s), late_s=late_s)
+        if news.progress.result is None or news.progress.execution_id != request.execution_id:
+            raise MalformedReply("the broker ended the execution without its result")
+        return news
+
+    def _interrupt(self, execution_id: str) -> None:
+        """Stop the execution and wait for its end, which the broker's last resort bounds."""
+        give_up_at = time.monotonic() + limits.INTERRUPT_GRACE_S + HOST_GUARD_S
+        try:
+            self._client.interrupt(self._session_id, execution_id)
+            while (left_s := give_up_at - time.monotonic()) > 0:
+                wanted = ClaimRequest(limit=0, wait_s=left_s, execution_id=execution_id)
+                if not self._client.claim(self._session_id, wanted, late_s=_GUARD_LATE_S).progress.running:
+                    return
+        except SandboxError as error:
+            log.debug("interrupting %s: %s", execution_id, error)
+
+
+class _Guard:
+    """Notices a broker that does not keep its deadline."""
+
+    def __init__(self, request: ExecuteRequest) -> None:
+        self._stands_still_for_tools = not request.timeout_includes_tools
+        self._timeout_s = request.timeout_s
+        self._started_at = time.monotonic()
+
+    def patience(self, *, busy: bool) -> tuple[float, float]:
+        """Return how long to wait, and how much later than that the answer may come, in seconds.
+
+        Args:
+            busy: Whether tools run.
+
+        Raises:
+            SessionLost: The broker should have ended the execution long ago.
+        """
+        left_s = math.inf
+        if self._timeout_s is not None:
+            now = time.monotonic()
+            if busy and self._stands_still_for_tools:
+                self._started_at = now
+            left_s = self._started_at + self._timeout_s + limits.INTERRUPT_GRACE_S + HOST_GUARD_S - now
+        if left_s <= 0:
+            raise SessionLost("the sandbox did not end the execution at its deadline", reason="deadline")
+        return (POLL_S, LATE_S) if left_s > POLL_S else (left_s, _GUARD_LATE_S)

@@ -1,0 +1,362 @@
+"""``SandboxInterpreter``: DSPy's code interpreter on top of a sandbox."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from broker.protocol import limits
+from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, OutputField
+from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
+from host_client import checks
+from host_client.broker_client import News
+from host_client.dspy_compat import contract, observed
+from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
+from host_client.execution import Execution
+from host_client.factory import InterpreterFactory, execution_instructions
+from host_client.providers.base import SandboxHandle, SandboxProvider
+from host_client.results import ExecutionRecord, deliver
+from host_client.sandbox_session import SandboxSession, default_provider, survives
+from host_client.settings import SandboxSettings
+from host_client.tool_definitions import ToolTable
+from host_client.tool_runner import ToolCalls, await_result
+
+#: Outcomes after which the variables have surely arrived; after others they have if generated code is in the traceback.
+_ARRIVED = frozenset({Outcome.OK, Outcome.SUBMITTED})
+
+
+class SandboxInterpreter:
+    """Runs Python in a sandbox, with a namespace that lasts from one ``execute`` to the next.
+
+        with SandboxInterpreter(tools={"shout": str.upper}) as interpreter:
+            interpreter.execute("shout('hi')")  # 'HI'
+
+    For DSPy, give RLM, Flex, CodeAct or ProgramOfThought ``interpreter_factory=SandboxInterpreter.factory()``;
+    before DSPy 3.3, ``interpreter=SandboxInterpreter()``.
+
+    Args:
+        tools: Host functions that generated code may call by name. Parameters annotated with pydantic models get
+            model instances. Coroutine functions are awaited, on a thread of their own.
+        output_fields: Fields of SUBMIT, such as ``[{"name": "answer", "type": "str"}]``; None for any one value.
+        execution_timeout_s: Deadline of one ``execute`` in seconds, host tools included (see
+            ``SandboxSettings.timeout_includes_tools``), or None.
+        settings: How the sandbox is made; by default read from ``RLM_SANDBOX_*``.
+        sandbox: Name of a running sandbox to open a session in; None for a sandbox of its own.
+        callbacks: DSPy callbacks for this interpreter.
+        provider: Where sandboxes come from; by default what the settings say.
+
+    Raises:
+        BadSetting: An argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, Callable[..., Any]] | None = None,
+        output_fields: list[dict[str, Any]] | None = None,
+        *,
+        execution_timeout_s: float | None = 300.0,
+        settings: SandboxSettings | None = None,
+        sandbox: str | None = None,
+        callbacks: list[Any] | None = None,
+        provider: SandboxProvider | None = None,
+    ) -> None:
+        checks.check_keywords(
+            tools=tools,
+            output_fields=output_fields,
+            execution_timeout_s=execution_timeout_s,
+            settings=settings,
+            sandbox=sandbox,
+            callbacks=callbacks,
+        )
+        self._tools: dict[str, Callable[..., Any]] = dict(tools or {})
+        self.output_fields = output_fields
+        self.execution_timeout_s = execution_timeout_s
+        self.settings = settings if settings is not None else SandboxSettings.from_environment()
+        self.callbacks = list(callbacks or [])
+        self.last_result: ExecutionRecord | None = None
+        self._sandbox, self._provider = sandbox, provider
+        self._dspy = contract()
+        self._table = ToolTable()
+        # Held while an execution runs, and never waited for: a second one is refused.
+        self._executing = threading.Lock()
+        # Held while a session is opened; whoever comes second finds it open.
+        self._starting = threading.Lock()
+        # Guards the four below, for moments only: _session is open, or None before start and after the end.
+        self._state = threading.Lock()
+        self._session: SandboxSession | None = None
+        self._finalizer: weakref.finalize[..., SandboxInterpreter] | None = None
+        self._lost: SessionLost | None = None
+        self._ended = False
+
+    @classmethod
+    def factory(cls, **keywords: Any) -> InterpreterFactory:
+        """Return a callable for DSPy's ``interpreter_factory``: each call makes an interpreter with these keywords.
+
+        Raises:
+            BadSetting: A keyword that cannot work, at once.
+        """
+        return InterpreterFactory(cls, keywords)
+
+    @property
+    def tools(self) -> dict[str, Callable[..., Any]]:
+        """The live dict: what is added, removed or replaced in it counts from the next ``execute`` on."""
+        return self._tools
+
+    @tools.setter
+    def tools(self, tools: Mapping[str, Callable[..., Any]]) -> None:
+        copied = dict(tools)
+        self._tools.clear()
+        self._tools.update(copied)
+
+    @property
+    def execution_instructions(self) -> str:
+        """What a model should know about where its code runs."""
+        return execution_instructions(self.settings)
+
+    @property
+    def sandbox_handle(self) -> SandboxHandle | None:
+        """The sandbox, while a session is open in it."""
+        session = self._session
+        return None if session is None else session.handle
+
+    @observed
+    def start(self) -> None:
+        """Start the sandbox and open the session; does nothing if that was done. ``execute`` calls it too.
+
+        Raises:
+            SetupError, ProviderError, ProtocolMismatch: It could not be started; nothing is left behind.
+            SessionLost: The session was lost, or the interpreter was shut down.
+        """
+        self._open()
+
+    @observed
+    def execute(self, code: str, variables: dict[str, Any] | None = None) -> Any:
+        """Run code in the session.
+
+        Args:
+            code: Python source; top-level ``await`` is allowed.
+            variables: Set in the namespace first. Large texts that have not changed are not sent again.
+
+        Returns:
+            ``FinalOutput`` if SUBMIT was called. Otherwise the last expression's value, or what was printed, or None.
+            With ``output_fields`` both, as text. ``last_result`` has all of it.
+
+        Raises:
+            SyntaxError: The code is invalid.
+            Exception: DSPy's class for an error in generated code (``CodeExecutionError`` from 3.3 on): it failed,
+                timed out or was stopped, and the variables are still there.
+            SessionLost: The namespace is gone; later calls raise at once.
+            BadSetting: A tool, variable or output field that cannot work; nothing ran.
+            SessionBusy: An execution is running already, in another thread or around this tool.
+        """
+        if not self._executing.acquire(blocking=False):
+            raise self._dspy.terminal(
+                SessionBusy(
+                    "this interpreter is executing already",
+                    status=409,
+                    help="use another interpreter for code that runs inside a tool or in another thread",
+                )
+            )
+        try:
+            return self._execute(code, variables)
+        except (SandboxError, ValueNotSendable) as error:
+            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
+        finally:
+            self._executing.release()
+
+    __call__ = execute
+
+    @observed
+    def invoke_tool(self, tool_name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one tool on this thread and return its result, awaited if need be."""
+        tool = self._table.get(tool_name)
+        if tool is None:
+            raise NameError(f"there is no tool {tool_name!r}")
+        return await_result(tool.call(args, kwargs))
+
+    @observed
+    def shutdown(self) -> None:
+        """End the session, and its sandbox if it is this interpreter's own.
+
+        Idempotent, and safe from another thread, from a tool, and while ``execute`` runs, which then raises.
+        """
+        with self._state:
+            session, self._session = self._session, None
+            self._ended, self._lost = True, None
+        if session is not None:
+            session.close()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+    def __enter__(self) -> SandboxInterpreter:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def __copy__(self) -> SandboxInterpreter:
+        """Return a fresh interpreter with the same arguments; DSPy copies modules together with theirs."""
+        return type(self)(
+            self._tools,
+            self.output_fields,
+            execution_timeout_s=self.execution_timeout_s,
+            settings=self.settings,
+            sandbox=self._sandbox,
+            callbacks=self.callbacks,
+            provider=self._provider,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
+        return self.__copy__()
+
+    def _execute(self, code: str, variables: dict[str, Any] | None) -> Any:
+        checks.check_code(code)
+        checks.check_timeout(self.execution_timeout_s)
+        fields = checks.read_output_fields(self.output_fields)
+        changed = self._table.refresh(self._tools)
+        if changed and self._session is not None:
+            self._session.tools_sent = False
+        variables = checks.check_variables(variables, self._table.names())
+        session = self._open()
+        encoder = Encoder(keeper=session.keeper)
+        arrived = False
+        try:
+            request = self._request(session, code, variables, fields, encoder)
+            record = self._run(session, request, encoder)
+            arrived = record.outcome in _ARRIVED or bool(record.error and record.error.traceback)
+        finally:
+            session.keeper.settle(arrived=arrived)
+        session.tools_sent, session.known_fields = True, fields or ()
+        self.last_result = record
+        try:
+            return deliver(record, self._dspy, for_model=self.output_fields is not None)
+        except SessionLost as lost:
+            session.close()
+            self._lose(session, lost)
+            raise
+
+    def _request(
+        self,
+        session: SandboxSession,
+        code: str,
+        variables: dict[str, Any],
+        fields: tuple[OutputField, ...] | None,
+        encoder: Encoder,
+    ) -> ExecuteRequest:
+        encoded = {name: encoder.encode(value, name) for name, value in variables.items()}
+        if (size := sum(map(len, encoder.blobs))) > limits.MAX_FRAME_BYTES - limits.MAX_HEADER_BYTES:
+            raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
+        wanted = fields or ()
+        return ExecuteRequest(
+            execution_id=uuid.uuid4().hex,
+            code=code,
+            variables=encoded,
+            tools=None if session.tools_sent else self._table.definitions(),
+            output_fields=None if session.known_fields == wanted else wanted,
+            drop=session.keeper.drop(),
+            timeout_s=self.execution_timeout_s,
+            timeout_includes_tools=self.settings.timeout_includes_tools,
+            max_output_bytes=self.settings.max_output_bytes,
+        )
+
+    def _run(self, session: SandboxSession, request: ExecuteRequest, encoder: Encoder) -> ExecutionRecord:
+        calls = ToolCalls(
+            client=session.client,
+            session_id=session.session_id,
+            execution_id=request.execution_id,
+            invoke=self.invoke_tool,
+            threads=session.threads,
+            slots=self.settings.max_concurrent_tools,
+        )
+        try:
+            news = Execution(session.client, session.session_id, calls).run(request, encoder.blobs)
+            record = _record(news)
+        except SandboxError as error:
+            if calls.fatal is not None:
+                raise calls.fatal from None
+            if survives(error):
+                raise
+            lost = session.lost(error)
+            self._lose(session, lost)
+            raise lost from error
+        if calls.fatal is not None:
+            if record.session_lost is not None:
+                self._lose(session, session.lost(SessionLost("stopped by a tool", reason=record.session_lost)))
+            raise calls.fatal
+        return record
+
+    def _open(self) -> SandboxSession:
+        session = self._session
+        if session is not None:
+            return session
+        with self._starting:
+            if self._session is not None:
+                return self._session
+            self._check_usable()
+            try:
+                opened = SandboxSession.open(self._own_provider(), self.settings, self._sandbox)
+            except SandboxError as error:
+                raise self._dspy.terminal(error) from error.__cause__
+            finalizer = weakref.finalize(self, opened.close)
+            with self._state:
+                stopped = self._ended
+                if not stopped:
+                    self._session, self._finalizer = opened, finalizer
+            if stopped:
+                finalizer()
+                self._check_usable()
+            return opened
+
+    def _check_usable(self) -> None:
+        with self._state:
+            if self._lost is not None:
+                raise self._dspy.terminal(SessionLost(self._lost.message, reason=self._lost.reason))
+            if not self._ended:
+                return
+            if not self._dspy.reuses_after_shutdown:
+                raise self._dspy.terminal(SessionLost("the interpreter was shut down", reason="shutdown"))
+            self._ended = False
+
+    def _own_provider(self) -> SandboxProvider:
+        if self._provider is None:
+            self._provider = default_provider(self.settings)
+        return self._provider
+
+    def _lose(self, session: SandboxSession, lost: SessionLost) -> None:
+        with self._state:
+            if self._session is session:
+                self._session, self._lost = None, lost
+
+
+def _as_ours(error: SandboxError | ValueNotSendable) -> SandboxError:
+    return error if isinstance(error, SandboxError) else BadSetting(f"variable {error}")
+
+
+def _record(news: News) -> ExecutionRecord:
+    """Read a result; everything in it counts as hostile.
+
+    Raises:
+        MalformedReply: A value that breaks the rules.
+    """
+    result = news.progress.result
+    assert isinstance(result, ExecutionResult)
+    try:
+        value = Decoder(news.blobs).decode(result.value)
+    except DecodeError as error:
+        raise MalformedReply(f"the result's value is malformed: {error}") from None
+    if result.outcome is Outcome.SUBMITTED and not (isinstance(value, dict) and all(type(k) is str for k in value)):
+        raise MalformedReply("what was submitted is not an object")
+    return ExecutionRecord(
+        outcome=result.outcome,
+        value=value,
+        display=result.display,
+        output=result.output,
+        discarded_output_bytes=result.discarded_output_bytes,
+        error=result.error,
+        session_lost=result.session_lost,
+        duration_s=result.duration_s,
+    )

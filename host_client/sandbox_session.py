@@ -1,0 +1,152 @@
+"""An open session in a sandbox, with everything that has to be closed together with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from host_client.broker_client import BrokerClient, HttpBrokerClient
+from host_client.errors import BrokerError, BrokerUnreachable, MalformedReply, SandboxError, SessionLost
+from host_client.providers.base import SandboxHandle, SandboxProvider
+from host_client.settings import SandboxSettings
+from host_client.tool_threads import ToolThreads
+from host_client.transport import BrokerTimeout, UnixSocketTransport
+from host_client.value_keeper import ValueKeeper
+
+log = logging.getLogger(__name__)
+
+#: How long the end of a sandbox may take to be known to its engine.
+_DEATH_NEWS_S = 1.0
+
+
+class ConnectingProvider(SandboxProvider, Protocol):
+    """A provider whose sandboxes are not reached through a socket of this machine: a fake, or a remote engine."""
+
+    def connect(self, handle: SandboxHandle) -> BrokerClient:
+        """Return a client for the broker in this sandbox."""
+
+
+class SandboxSession:
+    """A session and its connections, threads and kept values.
+
+    Attributes:
+        handle: The sandbox.
+        client: Speaks to its broker.
+        session_id: The session in it.
+        threads: Where this session's tools run.
+        keeper: What the worker holds.
+        known_fields: The output fields that the broker has, or None before any were sent.
+        tools_sent: Whether the broker has the current tools.
+    """
+
+    def __init__(self, provider: SandboxProvider, handle: SandboxHandle, client: BrokerClient, session_id: str) -> None:
+        self.handle, self.client, self.session_id = handle, client, session_id
+        self.threads, self.keeper = ToolThreads(), ValueKeeper()
+        self.known_fields: Any = None
+        self.tools_sent = False
+        self._provider = provider
+        self._pid = os.getpid()
+        # Guards _closing: whoever sets it closes; it is cleared again if closing was cut short.
+        self._lock = threading.Lock()
+        self._closing = False
+
+    @classmethod
+    def open(cls, provider: SandboxProvider, settings: SandboxSettings, name: str | None) -> SandboxSession:
+        """Start a sandbox of our own, or find the named one, and open a session in it.
+
+        Raises:
+            SandboxError: What the provider and the broker client raise; nothing is left behind.
+        """
+        handle = provider.start(settings) if name is None else provider.find(name)
+        try:
+            client = _connect(provider, handle)
+            try:
+                client.check()
+                return cls(provider, handle, client, client.open_session())
+            except BaseException:
+                client.close()
+                raise
+        except BaseException as error:
+            reason = provider.why_dead(handle) if isinstance(error, BrokerUnreachable) else None
+            if handle.owned:
+                provider.stop(handle)
+            if reason is not None:
+                raise SessionLost(f"the sandbox ended while it was started ({reason})", reason=reason) from error
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closing
+
+    def close(self) -> None:
+        """End the session, and its sandbox if it is ours. Idempotent; safe from any thread and at exit.
+
+        In a process that was forked off, only this process' own connections and threads end.
+        """
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        try:
+            if self._pid == os.getpid():
+                self._end()
+            self.client.close()
+            self.threads.close()
+        except BaseException:
+            self._closing = False
+            raise
+
+    def lost(self, error: SandboxError) -> SessionLost:
+        """Return why the session is gone, after an error that it does not survive, and close it."""
+        if self._closing:
+            return SessionLost("the interpreter was shut down during an execution", reason="shutdown")
+        reason = self._reason(error)
+        self.close()
+        return SessionLost(f"the sandbox's session was lost ({reason}); its variables are gone: {error}", reason=reason)
+
+    def _reason(self, error: SandboxError) -> str:
+        if isinstance(error, SessionLost):
+            return error.reason
+        if isinstance(error, MalformedReply):
+            return "protocol"
+        return self._why_dead(wait=not isinstance(error, BrokerTimeout)) or "unresponsive"
+
+    def _why_dead(self, *, wait: bool) -> str | None:
+        """Ask the provider; a broker that hung up is dead, but its engine may learn of it a moment later."""
+        give_up_at = time.monotonic() + (_DEATH_NEWS_S if wait else 0.0)
+        while (reason := self._provider.why_dead(self.handle)) is None and time.monotonic() < give_up_at:
+            time.sleep(_DEATH_NEWS_S / 20)
+        return reason
+
+    def _end(self) -> None:
+        if self.handle.owned:
+            self._provider.stop(self.handle)
+            return
+        try:
+            self.client.close_session(self.session_id)
+        except SandboxError as error:
+            log.debug("closing the session %s: %s", self.session_id, error)  # then it is gone already
+
+
+def survives(error: SandboxError) -> bool:
+    """Tell whether the session is still there after an error of its broker client."""
+    return isinstance(error, BrokerError)
+
+
+def default_provider(settings: SandboxSettings) -> SandboxProvider:
+    """Return the provider that the settings name; its package is imported only now."""
+    from host_client.providers.docker import DockerProvider
+
+    return DockerProvider()
+
+
+def _connect(provider: SandboxProvider, handle: SandboxHandle) -> BrokerClient:
+    connect: Callable[[SandboxHandle], BrokerClient] | None = getattr(provider, "connect", None)
+    if connect is not None:
+        return connect(handle)
+    return HttpBrokerClient(UnixSocketTransport(handle.socket_path))

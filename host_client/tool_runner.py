@@ -1,0 +1,213 @@
+"""Runs the host's tools for generated code: claims, threads, contexts, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+from broker.protocol import limits
+from broker.protocol.frames import Blob
+from broker.protocol.messages import Claim, ClaimRequest, ErrorInfo, ToolResult
+from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
+from host_client.broker_client import BrokerClient, News
+from host_client.errors import BrokerUnreachable, CallGone, LeaseExpired, SandboxError
+from host_client.tool_threads import ToolThreads
+
+log = logging.getLogger(__name__)
+
+#: A long poll renews the leases, so it must return well before they end.
+POLL_S = min(limits.DEFAULT_LEASE_S / 3, limits.MAX_WAIT_S)
+#: A tool's error message is for a model to read.
+_MAX_MESSAGE_CHARS = 100_000
+
+Invoke = Callable[[str, list[Any], dict[str, Any]], Any]
+
+
+class ToolCalls:
+    """The tool calls of one execution.
+
+    Tools run on threads; the thread that waits for the execution claims the calls and starts them. When all slots
+    are taken it can claim nothing, so the first tool thread to get free waits for further claims in its stead.
+
+    Args:
+        client: Where answers go.
+        session_id: The session.
+        execution_id: The execution.
+        invoke: Runs one tool by name, and gives its result or an awaitable.
+        threads: Where tools run.
+        slots: How many run at the same time.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: BrokerClient,
+        session_id: str,
+        execution_id: str,
+        invoke: Invoke,
+        threads: ToolThreads,
+        slots: int,
+    ) -> None:
+        self._client, self._session_id, self._execution_id = client, session_id, execution_id
+        self._invoke, self._threads, self._slots = invoke, threads, slots
+        # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
+        self._context = contextvars.copy_context()
+        # Guards the four below: a claim is in _held from the moment it is taken until its tool has ended.
+        self._lock = threading.Lock()
+        self._held: dict[str, int] = {}
+        self._claiming_elsewhere = False
+        self._ended = False
+        self._fatal: BaseException | None = None
+
+    @property
+    def fatal(self) -> BaseException | None:
+        """A tool's KeyboardInterrupt, SystemExit or cancellation: for whoever called ``execute``."""
+        return self._fatal
+
+    @property
+    def busy(self) -> bool:
+        """Whether any tool runs."""
+        return bool(self._held)
+
+    def wanted(self, *, wait_s: float) -> ClaimRequest:
+        """Return the next claim request of the thread that waits for the execution."""
+        with self._lock:
+            limit = 0 if self._claiming_elsewhere else self._slots - len(self._held)
+            return self._request(limit, wait_s)
+
+    def take(self, news: News) -> None:
+        """Start the claimed tools."""
+        if news.progress.lost:
+            log.debug("no longer ours to answer: %s", news.progress.lost)
+        for claim in news.progress.claims:
+            with self._lock:
+                self._held[claim.call_id] = claim.attempt
+            first, end = claim.blob_range
+            self._threads.run(partial(self._run, claim, news.blobs[first:end]))
+
+    def end(self) -> None:
+        """The execution is over: answers of tools that still run go nowhere."""
+        self._ended = True
+
+    def _request(self, limit: int, wait_s: float) -> ClaimRequest:
+        return ClaimRequest(
+            limit=limit, wait_s=wait_s, renew=tuple(self._held.items()), execution_id=self._execution_id
+        )
+
+    def _run(self, claim: Claim, blobs: Sequence[Blob]) -> None:
+        try:
+            result, result_blobs = self._context.copy().run(self._call, claim, blobs)
+            self._answer(claim, result, result_blobs)
+        finally:
+            must_claim = self._release(claim)
+        if must_claim:
+            self._claim_in_its_stead()
+
+    def _call(self, claim: Claim, blobs: Sequence[Blob]) -> tuple[ToolResult, Sequence[Blob]]:
+        try:
+            decoder = Decoder(blobs)
+            args = [decoder.decode(value) for value in claim.args]
+            kwargs = {name: decoder.decode(value) for name, value in claim.kwargs.items()}
+            value = self._invoke(claim.tool, args, kwargs)
+            encoder = Encoder()
+            encoded = encoder.encode(value, f"{claim.tool}()")
+            if (size := sum(map(len, encoder.blobs))) > limits.MAX_TOOL_CALL_BYTES:
+                raise ValueNotSendable(f"{claim.tool}(): a result of {size:,} bytes is too large")
+        except ValueNotSendable as error:
+            log.warning("the result of tool %s (call %s) cannot be sent: %s", claim.tool, claim.call_id, error)
+            return _failed(claim, ErrorInfo(type="TypeError", message=f"result of tool {error}")), ()
+        except DecodeError as error:
+            return _failed(claim, ErrorInfo(type="ValueError", message=f"arguments of {claim.tool}: {error}")), ()
+        except Exception as error:
+            log.exception("tool %s failed (call %s)", claim.tool, claim.call_id)
+            return _failed(claim, public_error(error)), ()
+        except BaseException as error:
+            self._stop_for(error)
+            return _failed(claim, public_error(error)), ()
+        return ToolResult(attempt=claim.attempt, value=encoded), encoder.blobs
+
+    def _stop_for(self, error: BaseException) -> None:
+        """A tool was told to stop, not to fail: the caller of ``execute`` gets the exception."""
+        with self._lock:
+            self._fatal = self._fatal or error
+        try:
+            self._client.interrupt(self._session_id, self._execution_id)
+        except SandboxError as refused:
+            log.debug("interrupt: %s", refused)
+
+    def _answer(self, claim: Claim, result: ToolResult, blobs: Sequence[Blob]) -> None:
+        if self._ended:
+            return
+        try:
+            self._client.answer(claim.call_id, result, blobs)
+        except (CallGone, LeaseExpired) as late:
+            log.debug("the answer of %s came too late: %s", claim.tool, late)
+        except BrokerUnreachable as gone:
+            log.debug("the answer of %s found no broker: %s", claim.tool, gone)  # the waiting thread reports it
+        except SandboxError as refused:
+            if self._ended or result.error is not None:
+                log.debug("the answer of %s was refused: %s", claim.tool, refused)
+                return
+            log.warning("the answer of tool %s (call %s) was refused: %s", claim.tool, claim.call_id, refused)
+            error = ErrorInfo(type="RuntimeError", message=f"the result of {claim.tool}() was refused: {refused}")
+            self._answer(claim, _failed(claim, error), ())
+
+    def _release(self, claim: Claim) -> bool:
+        """Give the slot back; tell whether this thread must claim, because the waiting one asked for nothing."""
+        with self._lock:
+            was_full = len(self._held) >= self._slots
+            del self._held[claim.call_id]
+            if self._ended or not was_full or self._claiming_elsewhere:
+                return False
+            self._claiming_elsewhere = True
+            return True
+
+    def _claim_in_its_stead(self) -> None:
+        while True:
+            with self._lock:
+                limit = self._slots - len(self._held)
+                if limit <= 0 or self._ended:
+                    self._claiming_elsewhere = False
+                    return
+                request = self._request(limit, POLL_S)
+            try:
+                news = self._client.claim(self._session_id, request)
+            except SandboxError as error:
+                log.debug("claiming ended: %s", error)  # the waiting thread gets the same answer, and reports it
+                news = None
+            if news is None or not news.progress.running:
+                with self._lock:
+                    self._claiming_elsewhere = False
+                return
+            self.take(news)
+
+
+def await_result(result: Any) -> Any:
+    """Wait for an awaitable on this thread, which has no event loop; other results are returned as they are."""
+    if not inspect.isawaitable(result):
+        return result
+    return asyncio.run(_await(result))
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def public_error(error: BaseException) -> ErrorInfo:
+    """Return what generated code may know of a tool's error: its name and its text, no traceback."""
+    try:
+        # str(KeyError("k")) is "'k'": the text would be quoted twice once it is a KeyError again.
+        message = str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
+    except Exception:  # a __str__ of the tool's making
+        message = ""
+    return ErrorInfo(type=type(error).__name__[:200], message=message[:_MAX_MESSAGE_CHARS])
+
+
+def _failed(claim: Claim, error: ErrorInfo) -> ToolResult:
+    return ToolResult(attempt=claim.attempt, error=error)

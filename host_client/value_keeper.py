@@ -1,0 +1,71 @@
+"""The host's side of kept values: a large text is sent once, and referred to while the worker holds it.
+
+``dspy.RLM`` passes all its inputs again with every execution, so without this a 64 MiB context would
+cross the socket once for each iteration.
+"""
+
+from __future__ import annotations
+
+Kept = str | bytes
+
+
+class ValueKeeper:
+    """Implements ``broker.protocol.values.Keeper`` for one session.
+
+    What the last execution did not use is dropped on both sides, so memory is bounded by the inputs of
+    one execution. Not thread-safe: one execution runs at a time.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Kept] = {}
+        self._used: set[str] = set()
+        self._new: set[str] = set()
+        self._stale: list[str] = []
+        self._count = 0
+
+    def known(self, value: Kept) -> str | None:
+        """Return the id under which the worker holds this value, or None.
+
+        The same object is recognised at once; an equal one by comparison among those of its type and length.
+        """
+        for key, held in self._held.items():
+            if held is value:
+                return self._use(key)
+        for key, held in self._held.items():
+            if type(held) is type(value) and len(held) == len(value) and held == value:
+                return self._use(key)
+        return None
+
+    def added(self, value: Kept) -> str:
+        """Note that ``value`` is sent now, and return its new id."""
+        self._count += 1
+        key = f"v{self._count}"
+        self._held[key] = value
+        self._new.add(key)
+        return self._use(key)
+
+    def drop(self) -> tuple[str, ...]:
+        """Forget what was not used since ``settle``, and return the ids for the worker to drop."""
+        unused = [key for key in self._held if key not in self._used]
+        for key in unused:
+            del self._held[key]
+        dropped, self._stale = (*self._stale, *unused), []
+        return dropped
+
+    def settle(self, *, arrived: bool) -> None:
+        """End one execution.
+
+        Args:
+            arrived: Whether the worker surely decoded the variables. Where it is not sure, what was new
+                is forgotten here and dropped there, and will be sent again.
+        """
+        if not arrived:
+            for key in self._new:
+                self._held.pop(key, None)
+                self._stale.append(key)
+        self._used.clear()
+        self._new.clear()
+
+    def _use(self, key: str) -> str:
+        self._used.add(key)
+        return key
