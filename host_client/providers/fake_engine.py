@@ -59,7 +59,7 @@ class FakeContainer:
 def healthy(container: FakeContainer) -> None:
     """Run like a sandbox that works."""
     container.log = '{"event": "listening"}\n'
-    container.answer_health({"protocol": PROTOCOL_VERSION})
+    container.answer_health({"protocol": PROTOCOL_VERSION, "sessions": 0})
 
 
 class FakeEngine:

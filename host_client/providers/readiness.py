@@ -15,6 +15,8 @@ from typing import TypeVar
 _IN_ATTRIB, _IN_MOVED_TO, _IN_CREATE = 0x4, 0x80, 0x100
 #: Only a safety net, for file systems that tell no events; it bounds how late a missed event is noticed.
 _LOOK_AGAIN_S = 0.25
+#: After an event something is about to happen of which the kernel tells nothing, such as ``listen``; doubled each time.
+_LOOK_AGAIN_AFTER_EVENT_S = 0.002
 
 Result = TypeVar("Result")
 
@@ -51,11 +53,13 @@ class DirectoryWatch:
         """Return the file descriptor to poll."""
         return self._fd
 
-    def drain(self) -> None:
-        """Forget the events so far."""
+    def drain(self) -> bool:
+        """Forget the events so far; tell whether there were any."""
+        found = False
         with contextlib.suppress(BlockingIOError):
             while os.read(self._fd, 4096):
-                pass
+                found = True
+        return found
 
     def __enter__(self) -> DirectoryWatch:
         return self
@@ -89,17 +93,20 @@ def wait_until_ready(
     """
     deadline = time.monotonic() + timeout_s
     last = "nothing tried"
+    look_again_s = _LOOK_AGAIN_S
     with _process_watch(pid) as process:
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise TimedOut(last)
-            watch.drain()
+            look_again_s = min(2 * look_again_s, _LOOK_AGAIN_S)
+            if watch.drain():
+                look_again_s = _LOOK_AGAIN_AFTER_EVENT_S
             try:
                 return probe(left_s)
             except NotReady as error:
                 last = str(error)
-            if _wait(watch, process, min(left_s, _LOOK_AGAIN_S)):
+            if _wait(watch, process, min(left_s, look_again_s)):
                 continue
             if not is_running():
                 raise Died
