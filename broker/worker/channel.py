@@ -1,0 +1,93 @@
+"""Frames over the socket pair between broker and worker.
+
+The first byte of an ``execute`` frame carries a descriptor (SCM_RIGHTS): the write end of the pipe
+for that execution's output.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from broker.protocol import frames
+from broker.protocol.frames import Blob
+
+# One read fetches a whole ordinary frame.
+_READ_BYTES = 64 << 10
+_FD_BYTES = array.array("i").itemsize
+# Pieces up to this are joined into one write; larger ones are not worth the copy.
+_JOIN_BYTES = 64 << 10
+
+
+class Channel:
+    """The worker's end of the socket pair; used by the main thread only."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._buffer = b""
+        self._fds: list[int] = []
+
+    def receive(self) -> tuple[dict[str, Any], list[Blob], int | None]:
+        """Wait for a frame.
+
+        Returns:
+            Header, blobs, and the descriptor that came with it (owned by the caller) or None.
+
+        Raises:
+            EOFError: The broker closed the channel.
+            FrameError: What came is no frame.
+        """
+        header, blobs = frames.read_frame(self._read_exactly)
+        return header, blobs, self._fds.pop(0) if self._fds else None
+
+    def send(self, header: dict[str, Any], blobs: Sequence[Blob] = ()) -> None:
+        """Send one frame.
+
+        Raises:
+            OSError: The broker is gone.
+        """
+        pieces = frames.dump_frame(header, blobs)
+        if len(pieces) > 1 and sum(map(len, pieces)) <= _JOIN_BYTES:
+            pieces = [b"".join(pieces)]
+        for piece in pieces:
+            self._sock.sendall(piece)
+
+    def close(self) -> None:
+        """Close this end: a forked child must not keep the channel open."""
+        self._sock.close()
+
+    def _read_exactly(self, size: int) -> Blob:
+        if len(self._buffer) >= size:
+            piece, self._buffer = self._buffer[:size], self._buffer[size:]
+            return piece
+        if size > _READ_BYTES:
+            return self._read_large(size)
+        while len(self._buffer) < size:
+            self._buffer += self._read_some()
+        return self._read_exactly(size)
+
+    def _read_some(self) -> bytes:
+        data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._fds.extend(array.array("i", payload[: len(payload) // _FD_BYTES * _FD_BYTES]))
+        if not data:
+            raise EOFError("the broker closed the channel")
+        return data
+
+    def _read_large(self, size: int) -> bytearray:
+        """Read without passing through the buffer; no descriptor can come here, inside a frame."""
+        piece = bytearray(size)
+        filled = len(self._buffer)
+        piece[:filled] = self._buffer
+        self._buffer = b""
+        view = memoryview(piece)
+        while filled < size:
+            count = self._sock.recv_into(view[filled:])
+            if count == 0:
+                raise EOFError("the broker closed the channel")
+            filled += count
+        return piece

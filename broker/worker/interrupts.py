@@ -1,0 +1,70 @@
+"""SIGINT: raised inside generated code, remembered just before it, ignored otherwise."""
+
+from __future__ import annotations
+
+import signal
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from broker.worker.current import Current, Execution
+from broker.worker.unwinding import ExecutionSubmitted, Unwinding, is_below
+
+T = TypeVar("T")
+
+
+def interruptible(function: Callable[..., T], *args: Any) -> T:
+    """Call a function; the signal handler raises only below this frame, so the worker's own code is never torn."""
+    return function(*args)
+
+
+class Interrupts:
+    """The worker's SIGINT handler.
+
+    The first SIGINT of an execution raises an ordinary KeyboardInterrupt. A further one also raises it again at each
+    next line until generated code has been left: code that catches everything keeps its namespace that way.
+
+    Args:
+        current: What runs now.
+        on_interrupt: Called once per interrupted execution, to let go of threads that wait for the host.
+    """
+
+    def __init__(self, current: Current, on_interrupt: Callable[[], None]) -> None:
+        self._current = current
+        self._on_interrupt = on_interrupt
+
+    def restore(self) -> None:
+        """Install the handler unless it is there, and unblock the signal."""
+        if signal.getsignal(signal.SIGINT) != self._handle:
+            signal.signal(signal.SIGINT, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+
+    def _handle(self, signum: int, frame: types.FrameType | None) -> None:
+        execution = self._current.execution
+        if execution is None:
+            return
+        inside = is_below(frame, interruptible.__code__)
+        if execution.submission is not None:
+            if inside and frame is not None:
+                self._leave_submitted(execution, frame)
+            return
+        execution.interrupts += 1
+        if not inside or frame is None:
+            return  # Not begun yet: the REPL looks at the count before it runs anything.
+        if execution.interrupts == 1:
+            self._on_interrupt()
+        elif execution.unwinding is None:
+            execution.unwinding = Unwinding(KeyboardInterrupt)
+            execution.unwinding.start(frame)
+        elif not execution.unwinding.remind(frame):
+            return
+        raise KeyboardInterrupt
+
+    def _leave_submitted(self, execution: Execution, frame: types.FrameType) -> None:
+        """SUBMIT was called elsewhere (then this is its signal), or generated code does not leave (a reminder)."""
+        if execution.unwinding is None:
+            execution.unwinding = Unwinding(ExecutionSubmitted)
+            execution.unwinding.start(frame)
+        elif not execution.unwinding.remind(frame):
+            return
+        raise ExecutionSubmitted

@@ -1,0 +1,124 @@
+"""The worker's loop: a frame in, an execution, a frame out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from broker.protocol.frames import Blob
+from broker.protocol.messages import OutputField, ToolDefinition
+from broker.worker.capture import Capture
+from broker.worker.channel import Channel
+from broker.worker.current import Current, Execution
+from broker.worker.guest_http import GuestPlane
+from broker.worker.interrupts import Interrupts
+from broker.worker.proxies import Proxies
+from broker.worker.repl import Ending, Repl
+from broker.worker.submit import Submit
+from broker.worker.threads import ThreadTags
+from broker.worker.tool_calls import ToolCalls
+
+
+def run(channel: socket.socket, *, guest_socket: str) -> None:
+    """Serve one session until the broker closes the channel. For a process of its own, in its main thread.
+
+    Args:
+        channel: Connected stream socket to the broker; frames both ways.
+        guest_socket: Path of the guest plane's socket.
+    """
+    Worker(Channel(channel), GuestPlane(guest_socket)).serve()
+
+
+class Worker:
+    """One session's process: parts that know each other only through ``Current``."""
+
+    def __init__(self, channel: Channel, plane: GuestPlane) -> None:
+        self._channel = channel
+        self._current = Current()
+        self._calls = ToolCalls(plane, self._current)
+        self._capture = Capture(self._current)
+        self._interrupts = Interrupts(self._current, self._calls.cut_waits)
+        self._submit = Submit(self._current, self._cut_off)
+        self._proxies = Proxies(self._calls)
+        self._threads = ThreadTags(self._current)
+        self._repl = Repl()
+        self._look_like_a_script()
+        self._bind()
+        self._threads.install()
+        self._interrupts.restore()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def serve(self) -> None:
+        """Announce readiness and run executions until the channel closes."""
+        self._channel.send({"type": "ready", "pid": os.getpid()})
+        while True:
+            try:
+                header, blobs, fd = self._channel.receive()
+            except (EOFError, ConnectionError):
+                return
+            self._send(header["execution_id"], self._execute(header, blobs, fd))
+
+    def _execute(self, header: dict[str, Any], blobs: Sequence[Blob], fd: int | None) -> Ending:
+        execution = Execution(header["execution_id"])
+        self._interrupts.restore()
+        self._current.execution = execution  # from here on SIGINT counts
+        self._capture.begin(fd)
+        self._threads.adopt_pools()
+        self._repl.drop(header.get("drop", ()))
+        self._rebind(header)
+        ending = self._repl.run(execution, header["code"], header.get("variables", {}), blobs)
+        if self._current.in_child:
+            self._end_child(ending)
+        self._current.execution = None  # threads that are left are stale now
+        self._calls.cut_waits()
+        self._capture.end()
+        return ending
+
+    def _rebind(self, header: dict[str, Any]) -> None:
+        fields, tools = header.get("output_fields"), header.get("tools")
+        if fields is not None:
+            self._submit.set_fields([OutputField.from_json(field) for field in fields])
+        if tools is not None:
+            self._proxies.set_tools(ToolDefinition.from_json(tool) for tool in tools)
+            self._bind()
+
+    def _bind(self) -> None:
+        self._repl.bind({**self._proxies.functions, "SUBMIT": self._submit.function})
+
+    def _send(self, execution_id: str, ending: Ending) -> None:
+        header = {
+            "type": "result",
+            "execution_id": execution_id,
+            "outcome": ending.outcome.value,
+            "value": ending.value,
+            "display": ending.display,
+            "error": None if ending.error is None else ending.error.to_json(),
+        }
+        self._channel.send(header, ending.blobs)
+
+    def _cut_off(self) -> None:
+        """SUBMIT holds: what is printed from now on goes nowhere, and nobody waits for a tool."""
+        self._capture.end()
+        self._calls.cut_waits()
+
+    def _after_fork(self) -> None:
+        """In a process that generated code forked: it is no worker, and shares no connection with one."""
+        self._current.in_child = True
+        self._channel.close()
+        self._calls.forget_connections()
+
+    def _end_child(self, ending: Ending) -> None:
+        """A forked child ran to the end of the code: it ends here, like a script."""
+        if ending.error is not None:
+            sys.stderr.write(ending.error.traceback)
+        self._capture.flush()
+        os._exit(0 if ending.error is None else 1)
+
+    @staticmethod
+    def _look_like_a_script() -> None:
+        sys.argv = [""]
+        if "" not in sys.path:
+            sys.path.insert(0, "")
