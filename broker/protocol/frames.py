@@ -12,6 +12,7 @@ An HTTP body with a plain JSON object (``application/json``) means the same as a
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,12 +49,15 @@ def parse_json_object(data: Blob) -> dict[str, Any]:
     Raises:
         FrameError: Not JSON, nested too deep, an integer too long, NaN, or not an object.
     """
+    text = bytes(data)
     try:
-        parsed = json.loads(bytes(data), parse_constant=_refuse_constant)
+        parsed = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON object: {error}") from None
     if not isinstance(parsed, dict):
         raise FrameError(f"expected a JSON object, got {type(parsed).__name__}")
+    if text.count(b"[") + text.count(b"{") > limits.MAX_JSON_DEPTH:  # else it cannot be too deep
+        _check_depth(parsed)
     return parsed
 
 
@@ -113,6 +117,25 @@ def blob_lengths(header: dict[str, Any], *, max_bytes: int) -> Iterator[int]:
         if total > max_bytes:
             raise FrameError(f"blobs of more than {max_bytes} bytes")
         yield length
+
+
+def _finite(text: str) -> float:
+    """Refuse ``1e999``: it would become an infinity here, which JSON cannot carry any further."""
+    number = float(text)
+    if number in (math.inf, -math.inf):
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
+
+
+def _check_depth(parsed: dict[str, Any]) -> None:
+    """Refuse what a parser takes but a serialiser a few frames deeper may not."""
+    level: list[Any] = [parsed]
+    for _ in range(limits.MAX_JSON_DEPTH):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise FrameError(f"not a JSON object: nested deeper than {limits.MAX_JSON_DEPTH} levels")
 
 
 def _refuse_constant(name: str) -> Any:

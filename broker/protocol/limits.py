@@ -29,6 +29,9 @@ MAX_DISPLAY_CHARS = 100_000
 #: Nested deeper than this, a value is refused with its path; Python's own parser gives up near 1,000.
 MAX_DEPTH = 100
 
+#: Nesting of the JSON itself: a tagged value takes up to three levels for one of its own.
+MAX_JSON_DEPTH = 3 * MAX_DEPTH + 50
+
 #: Longer integers than this cost quadratic time to parse.
 MAX_INTEGER_DIGITS = 4_000
 

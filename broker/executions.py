@@ -1,0 +1,112 @@
+"""Executions of one session: the one that runs, and the stored replies of those that ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from broker.protocol import limits
+from broker.protocol.frames import Blob
+from broker.protocol.messages import ErrorInfo, ExecuteRequest, ExecutionResult, Outcome
+from broker.stopwatch import Stopwatch
+
+#: Bytes of stored replies in one session; the newest is kept whatever its size.
+STORED_REPLY_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Execution:
+    """One execution, running or ended.
+
+    Attributes:
+        execution_id: Chosen by the host.
+        timeout_s: Deadline in seconds, or None.
+        timeout_includes_tools: Whether the clock runs while the host works.
+        started_at: Clock time.
+        stopwatch: Runs out at the deadline.
+        cause: Why it was told to stop (timed out, interrupted, output limit), or None.
+        kill_at: Clock time at which the session is killed unless the execution has ended.
+        result: Set at its end, together with ``blobs``.
+        blobs: Raw parts of the result's value.
+    """
+
+    execution_id: str
+    timeout_s: float | None
+    timeout_includes_tools: bool
+    started_at: float
+    stopwatch: Stopwatch
+    cause: Outcome | None = None
+    kill_at: float | None = None
+    result: ExecutionResult | None = None
+    blobs: Sequence[Blob] = ()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has no result yet."""
+        return self.result is None
+
+    @property
+    def accepts_calls(self) -> bool:
+        """Whether its code may still call tools."""
+        return self.result is None and self.cause is None
+
+    @property
+    def size(self) -> int:
+        """Bytes held for its reply, roughly."""
+        output = 0 if self.result is None else len(self.result.output)
+        return output + sum(len(blob) for blob in self.blobs)
+
+    @classmethod
+    def of(cls, request: ExecuteRequest, started_at: float, stopwatch: Stopwatch) -> Execution:
+        """Return the record of a request that starts now."""
+        return cls(
+            execution_id=request.execution_id,
+            timeout_s=request.timeout_s,
+            timeout_includes_tools=request.timeout_includes_tools,
+            started_at=started_at,
+            stopwatch=stopwatch,
+        )
+
+
+class ExecutionStore:
+    """The executions of one session by id, oldest first; bounded in number and in bytes."""
+
+    def __init__(self) -> None:
+        self._all: OrderedDict[str, Execution] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Execution]:
+        return iter(self._all.values())
+
+    def get(self, execution_id: str) -> Execution | None:
+        """Return an execution that is still stored."""
+        return self._all.get(execution_id)
+
+    def latest(self) -> Execution | None:
+        """Return the newest one."""
+        return next(reversed(self._all.values()), None)
+
+    def add(self, execution: Execution) -> None:
+        """Store a new one, and forget the oldest beyond the limits."""
+        self._all[execution.execution_id] = execution
+        held = sum(stored.size for stored in self._all.values())
+        while len(self._all) > 1 and (len(self._all) > limits.STORED_EXECUTIONS or held > STORED_REPLY_BYTES):
+            _, forgotten = self._all.popitem(last=False)
+            held -= forgotten.size
+
+
+def explain(cause: Outcome, execution: Execution, found: ErrorInfo | None) -> ErrorInfo:
+    """Return the error of an execution that the broker stopped, with the place where it was stopped if known."""
+    texts = {
+        Outcome.TIMED_OUT: (
+            "ExecutionTimedOut",
+            f"the execution exceeded its {execution.timeout_s:g} s" if execution.timeout_s else "",
+        ),
+        Outcome.INTERRUPTED: ("ExecutionInterrupted", "the execution was interrupted by the host"),
+        Outcome.OUTPUT_LIMIT: ("OutputLimitExceeded", "the execution printed far more than can be kept"),
+        Outcome.WORKER_DIED: ("WorkerDied", "the process that ran the code ended"),
+    }
+    name, message = texts[cause]
+    if found is None:
+        return ErrorInfo(type=name, message=message)
+    return ErrorInfo(type=name, message=message, traceback=found.traceback, lineno=found.lineno)

@@ -1,0 +1,52 @@
+"""The guest plane: generated code submits a tool call and reads its own result. Nothing else is routed here."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Flask, Response, current_app, request
+
+from broker.bodies import body_length, read_body, reply
+from broker.live_session import LiveSession, StatusWithBlobs
+from broker.logs import Log
+from broker.protocol import limits
+from broker.protocol.messages import ToolCallRequest
+from broker.sessions import Sessions
+from broker.web import connection_of, make_app, query_number
+
+guest_api = Blueprint("guest", __name__, url_prefix="/v1")
+
+
+def make_guest_app(sessions: Sessions, log: Log) -> Flask:
+    """Return the app of the guest plane."""
+    app = make_app("guest", log)
+    app.extensions["sessions"] = sessions
+    app.register_blueprint(guest_api)
+    return app
+
+
+@guest_api.post("/tool-calls")
+def submit_tool_call() -> Response:
+    """200: ToolCallStatus, after at most ``wait_s``. Body: ToolCallRequest.
+
+    404 ``unknown_tool``; 409 ``execution_ended``; 413 ``payload_too_large``; 429 ``too_many_calls``.
+    """
+    session = _session()
+    with session.receiving(body_length(request, limits.MAX_TOOL_CALL_BYTES)):
+        header, blobs, size = read_body(request, max_bytes=limits.MAX_TOOL_CALL_BYTES)
+    return _status(session.call_tool(ToolCallRequest.from_json(header), blobs, size))
+
+
+@guest_api.get("/tool-calls/<call_id>")
+def read_tool_call(call_id: str) -> Response:
+    """200: ToolCallStatus, after at most ``wait_s``. 404 ``unknown_call``, also for another session's."""
+    session = _session()
+    call = session.core.tool_calls.get(call_id)
+    return _status(session.wait_for_call(call, query_number(request, "wait_s", 0.0)))
+
+
+def _session() -> LiveSession:
+    sessions: Sessions = current_app.extensions["sessions"]
+    return sessions.of_guest(connection_of(request).peer)
+
+
+def _status(status: StatusWithBlobs) -> Response:
+    return reply(status[0].to_json(), status[1])

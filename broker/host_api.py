@@ -1,0 +1,192 @@
+"""The host plane: sessions, executions, claims, results. Handlers unpack, delegate, pack."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from typing import Any
+
+from flask import Blueprint, Flask, Response, current_app, request
+
+import broker
+from broker import protocol
+from broker.bodies import read_body, read_optional_body, reply
+from broker.errors import LeaseExpired
+from broker.live_session import LiveSession, WithBlobs
+from broker.logs import Log
+from broker.protocol import limits
+from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult
+from broker.protocol.reading import Reader
+from broker.sessions import Sessions
+from broker.tool_calls import ToolCall
+from broker.web import connection_of, make_app, query_number
+
+JsonObject = dict[str, Any]
+
+host_api = Blueprint("host", __name__, url_prefix="/v1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostPlane:
+    """What the handlers of this plane work on."""
+
+    sessions: Sessions
+    name: str | None
+    started_at: float
+
+
+def make_host_app(sessions: Sessions, log: Log, *, name: str | None) -> Flask:
+    """Return the app of the host plane."""
+    app = make_app("host", log)
+    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic())
+    app.register_blueprint(host_api)
+    return app
+
+
+@host_api.get("/health")
+def health() -> Response:
+    """200: that the broker answers, and which protocol it speaks."""
+    plane = _plane()
+    return reply(
+        {
+            "protocol": protocol.PROTOCOL_VERSION,
+            "version": broker.__version__,
+            "python": platform.python_version(),
+            "state": "ok",
+            "sessions": len(plane.sessions),
+            "uptime_s": round(time.monotonic() - plane.started_at, 3),
+            "name": plane.name,
+        }
+    )
+
+
+@host_api.post("/sessions")
+def open_session() -> Response:
+    """201: a new session. 429 ``too_many_sessions``; 503 ``session_start_failed``."""
+    read_optional_body(request)
+    return reply(_describe(_plane().sessions.open()), status=201)
+
+
+@host_api.get("/sessions")
+def list_sessions() -> Response:
+    """200: every session that was opened and not closed, lost ones too."""
+    return reply({"sessions": [_describe(session) for session in _plane().sessions]})
+
+
+@host_api.get("/sessions/<session_id>")
+def show_session(session_id: str) -> Response:
+    """200: one session. 404 ``unknown_session``."""
+    return reply(_describe(_plane().sessions[session_id]))
+
+
+@host_api.delete("/sessions/<session_id>")
+def close_session(session_id: str) -> Response:
+    """200: its processes and files are gone. 404 ``unknown_session``."""
+    _plane().sessions.close(session_id)
+    return reply({"session_id": session_id, "state": "closed"})
+
+
+@host_api.post("/sessions/<session_id>/executions")
+def execute(session_id: str) -> Response:
+    """200: Progress. Body: ExecuteRequest. 409 ``session_busy``; 410 ``session_lost``."""
+    session = _plane().sessions[session_id]
+    header, blobs, _ = read_body(request)
+    wanted = ClaimRequest(
+        limit=int(query_number(request, "limit", limits.DEFAULT_CONCURRENT_TOOL_CALLS, high=10_000)),
+        wait_s=query_number(request, "wait_s", 0.0),
+        lease_s=query_number(request, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
+        start=query_number(request, "start", 1) != 0,
+    )
+    return _progress(session.run(ExecuteRequest.from_json(header), blobs, wanted, connection_of(request).still_there))
+
+
+@host_api.post("/sessions/<session_id>/claims")
+def claim_tool_calls(session_id: str) -> Response:
+    """200: Progress, as soon as there are claims or the execution has ended. Body: ClaimRequest."""
+    session = _plane().sessions[session_id]
+    wanted = ClaimRequest.from_json(read_body(request, max_bytes=limits.MAX_HEADER_BYTES)[0])
+    return _progress(session.claim(wanted, connection_of(request).still_there))
+
+
+@host_api.get("/executions/<execution_id>")
+def show_execution(execution_id: str) -> Response:
+    """200: Progress without claims, after at most ``wait_s``. 404 ``unknown_execution``."""
+    session, execution = _plane().sessions.execution(execution_id)
+    return _progress(session.wait_for_end(execution, query_number(request, "wait_s", 0.0)))
+
+
+@host_api.post("/executions/<execution_id>/interrupt")
+def interrupt_execution(execution_id: str) -> Response:
+    """200: Progress; the interrupt is on its way, or the execution had ended. 404 ``unknown_execution``."""
+    read_optional_body(request)
+    session, execution = _plane().sessions.execution(execution_id)
+    return _progress(session.interrupt(execution))
+
+
+@host_api.get("/tool-calls/<call_id>")
+def show_tool_call(call_id: str) -> Response:
+    """200: where a call stands. 404 ``unknown_call``."""
+    session, call = _plane().sessions.tool_call(call_id)
+    return reply(_describe_call(session, call))
+
+
+@host_api.post("/tool-calls/<call_id>/start")
+def start_tool_call(call_id: str) -> Response:
+    """200: the host may run the tool now. Body: ``{"attempt"}``. 409 ``lease_expired``; 410 ``call_gone``."""
+    attempt = Reader(read_body(request, max_bytes=1 << 20)[0], "start").integer("attempt", low=1)
+    session, _ = _plane().sessions.tool_call(call_id)
+    return reply(_describe_call(session, session.core.tool_calls.start(call_id, attempt)))
+
+
+@host_api.post("/tool-calls/<call_id>/heartbeat")
+def renew_lease(call_id: str) -> Response:
+    """200: the lease is prolonged. Body: ``{"attempt", "lease_s"}``. 409 ``lease_expired``."""
+    read = Reader(read_body(request, max_bytes=1 << 20)[0], "heartbeat")
+    attempt = read.integer("attempt", low=1)
+    lease_s = read.number("lease_s", limits.DEFAULT_LEASE_S, low=0.01, high=86_400)
+    session, call = _plane().sessions.tool_call(call_id)
+    if not session.renew_call(call_id, attempt, lease_s):
+        raise LeaseExpired(f"attempt {attempt} does not hold the call {call_id}, which is {call.state.value}")
+    return reply(_describe_call(session, call))
+
+
+@host_api.post("/tool-calls/<call_id>/result")
+def answer_tool_call(call_id: str) -> Response:
+    """200: stored. Body: ToolResult. 404 ``unknown_call``; 409 ``lease_expired``; 410 ``call_gone``."""
+    header, blobs, size = read_body(request, max_bytes=limits.MAX_TOOL_CALL_BYTES)
+    session, _ = _plane().sessions.tool_call(call_id)
+    call = session.finish_call(call_id, ToolResult.from_json(header), blobs, size)
+    return reply(_describe_call(session, call))
+
+
+def _plane() -> HostPlane:
+    plane: HostPlane = current_app.extensions["plane"]
+    return plane
+
+
+def _progress(progress: WithBlobs) -> Response:
+    return reply(progress[0].to_json(), progress[1])
+
+
+def _describe(session: LiveSession) -> JsonObject:
+    core = session.core
+    return {
+        "session_id": core.session_id,
+        "slot": core.slot,
+        "state": "lost" if core.lost is not None else "idle" if core.running is None else "running",
+        "lost": core.lost,
+        "execution_id": None if core.running is None else core.running.execution_id,
+        "age_s": round(core.age_s(), 3),
+    }
+
+
+def _describe_call(session: LiveSession, call: ToolCall) -> JsonObject:
+    return {
+        "call_id": call.call_id,
+        "state": call.state.value,
+        "attempt": call.attempt,
+        "tool": call.request.tool,
+        "execution_id": call.request.execution_id,
+        "session_id": session.core.session_id,
+    }

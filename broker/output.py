@@ -1,0 +1,180 @@
+"""What an execution prints: one pipe each, a bounded part kept, the rest counted and thrown away."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import fcntl
+import os
+import struct
+import termios
+from collections import deque
+from collections.abc import Callable
+
+import gevent
+
+from broker.protocol import limits
+
+#: Fewer wake-ups for code that prints much; the kernel's default is 64 KiB.
+PIPE_BYTES = 256 << 10
+
+_READ_BYTES = 64 << 10
+
+#: Pipes of ended executions that left-over processes still hold. The oldest is closed first; its writers get SIGPIPE.
+MAX_LEFT_OVER_PIPES = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """What was printed.
+
+    Attributes:
+        text: The part that was kept; bytes that are no UTF-8 are replaced.
+        discarded_bytes: How much was thrown away.
+    """
+
+    text: str = ""
+    discarded_bytes: int = 0
+
+
+class OutputBuffer:
+    """Keeps the first bytes and counts the rest.
+
+    Args:
+        max_bytes: Bytes kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._room = max_bytes
+        self._kept = bytearray()
+        self.discarded_bytes = 0
+
+    def add(self, data: bytes) -> None:
+        """Take in what was read off the pipe."""
+        if self._room >= len(data):
+            self._kept += data
+            self._room -= len(data)
+        else:
+            self._kept += data[: self._room]
+            self.discarded_bytes += len(data) - self._room
+            self._room = 0
+
+    def output(self) -> Output:
+        """Return what is there so far; a character that the limit cut in two is left out."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return Output(decoder.decode(bytes(self._kept), final=not self.discarded_bytes), self.discarded_bytes)
+
+
+class OutputPipe:
+    """The reading end of one execution's pipe, emptied by the event loop.
+
+    Args:
+        max_bytes: Bytes kept.
+        on_overflow: Called once when more was thrown away than ``MAX_DISCARDED_OUTPUT_BYTES``.
+        on_end: Called once when the pipe is closed.
+    """
+
+    def __init__(self, max_bytes: int, on_overflow: Callable[[], None], on_end: Callable[[OutputPipe], None]) -> None:
+        self._buffer = OutputBuffer(max_bytes)
+        self._on_overflow, self._on_end = on_overflow, on_end
+        self._taken = self._overflowed = False
+        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._read_end, False)
+        with contextlib.suppress(OSError):  # past the user's share of pipe memory the default must do
+            fcntl.fcntl(self._read_end, 1031, PIPE_BYTES)  # F_SETPIPE_SZ has no name in Python 3.9's fcntl
+        self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
+        self._watcher.start(self._readable)
+
+    def close_write_end(self) -> None:
+        """Close our copy of the writing end once the worker has its own."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    def take(self) -> Output:
+        """Return what was printed up to now. Later output is read and thrown away, so that no writer blocks."""
+        self.close_write_end()
+        left = self._bytes_waiting()
+        while left > 0 and self._read_end >= 0:
+            left -= self._read(min(left, _READ_BYTES)) or left
+        self._taken = True
+        output = self._buffer.output()
+        self._buffer = OutputBuffer(0)
+        return output
+
+    def close(self) -> None:
+        """Close both ends. Idempotent."""
+        self.close_write_end()
+        if self._read_end < 0:
+            return
+        self._watcher.stop()
+        self._watcher.close()
+        os.close(self._read_end)
+        self._read_end = -1
+        self._on_end(self)
+
+    def _bytes_waiting(self) -> int:
+        if self._read_end < 0:
+            return 0
+        (waiting,) = struct.unpack("i", fcntl.ioctl(self._read_end, termios.FIONREAD, b"\0\0\0\0"))
+        return int(waiting)
+
+    def _readable(self) -> None:
+        self._read(_READ_BYTES)
+
+    def _read(self, size: int) -> int:
+        """Read once; return the number of bytes, 0 where there are none or the pipe has ended."""
+        try:
+            data = os.read(self._read_end, size)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self.close()
+            return 0
+        self._buffer.add(data)
+        if self._buffer.discarded_bytes > limits.MAX_DISCARDED_OUTPUT_BYTES and not self._overflowed:
+            self._overflowed = True
+            if self._taken:  # a left-over process that prints without end
+                self.close()
+            else:
+                self._on_overflow()
+        return len(data)
+
+
+class OutputPipes:
+    """The pipes of one session: the running execution's, and a few that left-over processes hold.
+
+    Args:
+        on_overflow: Called when the running execution prints far too much.
+    """
+
+    def __init__(self, on_overflow: Callable[[], None]) -> None:
+        self._on_overflow = on_overflow
+        self._current: OutputPipe | None = None
+        self._left_over: deque[OutputPipe] = deque()
+
+    def open(self, max_bytes: int) -> OutputPipe:
+        """Return a fresh pipe for the execution that starts."""
+        self._current = OutputPipe(max_bytes, self._on_overflow, self._ended)
+        return self._current
+
+    def take(self) -> Output:
+        """Return what the execution printed."""
+        pipe, self._current = self._current, None
+        if pipe is None:
+            return Output()
+        self._left_over.append(pipe)
+        output = pipe.take()
+        while len(self._left_over) > MAX_LEFT_OVER_PIPES:
+            self._left_over[0].close()
+        return output
+
+    def close(self) -> None:
+        """Close every pipe."""
+        for pipe in [*self._left_over, *([self._current] if self._current else [])]:
+            pipe.close()
+
+    def _ended(self, pipe: OutputPipe) -> None:
+        with contextlib.suppress(ValueError):
+            self._left_over.remove(pipe)

@@ -1,0 +1,334 @@
+"""One session: its worker, its executions, its tool calls. Never waits, knows no transport.
+
+What comes from the worker is hostile: a frame that fits no running execution is dropped, a frame
+that breaks the format ends the session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from broker.errors import ExecutionEnded, SessionBusy, SessionLost, UnknownExecution, UnknownTool
+from broker.executions import Execution, ExecutionStore, explain
+from broker.output import Output
+from broker.protocol import limits, reading
+from broker.protocol.frames import Blob
+from broker.protocol.messages import CallState, ErrorInfo, ExecuteRequest, ExecutionResult, Outcome, ToolCallRequest
+from broker.stopwatch import Stopwatch
+from broker.tool_calls import Clock, ToolCall, ToolCallQueue
+
+JsonObject = dict[str, Any]
+
+#: The channel's end is seen before the supervisor's word why; a worker that closed it but lives breaks the protocol.
+EXIT_REASON_WAIT_S = 0.5
+
+#: What a worker may report; the other outcomes are the broker's to tell.
+_REPORTABLE = frozenset({Outcome.OK, Outcome.SUBMITTED, Outcome.RAISED, Outcome.SYNTAX_ERROR, Outcome.INTERRUPTED})
+
+#: Why the session is lost when the worker did not stop in time.
+_IGNORED_INTERRUPT = {
+    Outcome.TIMED_OUT: "deadline",
+    Outcome.INTERRUPTED: "interrupted",
+    Outcome.OUTPUT_LIMIT: "output_limit",
+}
+
+
+class Worker(Protocol):
+    """What a session asks of its worker. Nothing here waits."""
+
+    def execute(self, header: JsonObject, blobs: Sequence[Blob], *, max_output_bytes: int) -> None:
+        """Send an execute frame with a fresh output pipe."""
+
+    def interrupt(self) -> None:
+        """Send SIGINT; ``Session.interrupt_delivered`` is called once it was sent."""
+
+    def take_output(self) -> Output:
+        """Return what the execution printed, up to now; what comes later is thrown away."""
+
+    def kill(self) -> None:
+        """Kill every process of the session and remove its files."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Report:
+    """A worker's result frame, checked."""
+
+    outcome: Outcome
+    value: Any
+    display: str | None
+    error: ErrorInfo | None
+    blobs: Sequence[Blob]
+
+
+class Session:
+    """One REPL namespace and what runs in it.
+
+    Args:
+        session_id: Given by the broker.
+        slot: Place in the sandbox; decides the worker's uid.
+        worker: Its worker.
+        clock: Monotonic seconds.
+        on_news: Told when a call became claimable or an execution ended.
+        on_call_ended: Told of each tool call that reached a terminal state.
+        on_deadline: Told that ``next_deadline`` may have moved.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        slot: int,
+        worker: Worker,
+        *,
+        clock: Clock = time.monotonic,
+        on_news: Callable[[], None] = lambda: None,
+        on_call_ended: Callable[[ToolCall], None] = lambda call: None,
+        on_deadline: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.session_id, self.slot = session_id, slot
+        self.lost: str | None = None
+        self.created_at = clock()
+        self.executions = ExecutionStore()
+        self.tool_names: frozenset[str] = frozenset()
+        self.tool_calls = ToolCallQueue(clock=clock, on_queued=self._call_queued, on_ended=self._call_ended)
+        self._worker, self._clock = worker, clock
+        self._on_news, self._on_call_ended, self._on_deadline = on_news, on_call_ended, on_deadline
+        self._running: Execution | None = None
+        # SIGINTs that the supervisor has not sent yet. Until it has, the next execution must not start: it would
+        # be the one that is interrupted. A result that arrives meanwhile waits in _held_back.
+        self._interrupts_on_their_way = 0
+        self._held_back: _Report | None = None
+        self._channel_closed_at: float | None = None
+
+    @property
+    def running(self) -> Execution | None:
+        """The execution that runs now."""
+        return self._running
+
+    def age_s(self) -> float:
+        """Return the seconds since the session was opened."""
+        return self._clock() - self.created_at
+
+    def execute(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> Execution:
+        """Start an execution; an id that is known already gives that execution and runs nothing.
+
+        Raises:
+            SessionBusy: Another one is running.
+            SessionLost: The namespace is gone.
+        """
+        known = self.executions.get(request.execution_id)
+        if known is not None:
+            return known
+        if self.lost is not None:
+            raise SessionLost(self.lost)
+        if self._running is not None:
+            raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
+        if request.tools is not None:
+            self.tool_names = frozenset(tool.name for tool in request.tools)
+        execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
+        self._running = execution
+        self.executions.add(execution)
+        self._worker.execute(execute_header(request), blobs, max_output_bytes=request.max_output_bytes)
+        self._on_deadline()
+        return execution
+
+    def find(self, execution_id: str | None) -> Execution | None:
+        """Return the execution of that id, or the running one for None.
+
+        Raises:
+            UnknownExecution: Never posted, or no longer stored.
+        """
+        if execution_id is None:
+            return self._running
+        execution = self.executions.get(execution_id)
+        if execution is None:
+            raise UnknownExecution(f"no execution {execution_id!r} in this session")
+        return execution
+
+    def submit(self, request: ToolCallRequest, blobs: Sequence[Blob], size: int) -> ToolCall:
+        """Queue a tool call of generated code.
+
+        Raises:
+            ExecutionEnded: The caller's execution is not running (any more).
+            UnknownTool: This execution has no such tool.
+            TooManyCalls: The queue is full.
+        """
+        running = self._running
+        if running is None or running.execution_id != request.execution_id or not running.accepts_calls:
+            raise ExecutionEnded("the execution that this call belongs to has ended")
+        if request.tool not in self.tool_names:
+            names = ", ".join(sorted(self.tool_names)) or "none"
+            raise UnknownTool(f"there is no tool {request.tool!r}; the tools of this session: {names[:2000]}")
+        return self.tool_calls.submit(request, blobs, size=size)
+
+    def interrupt(self, execution: Execution) -> None:
+        """Stop an execution at the host's request; one that has ended, or is being stopped, is left alone."""
+        if execution is self._running and execution.cause is None:
+            self._stop(execution, Outcome.INTERRUPTED)
+
+    def close(self) -> None:
+        """End the session for good."""
+        self._lose("shutdown")
+
+    # What the worker and the supervisor tell.
+
+    def frame_received(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+        """Take a frame off the worker's channel."""
+        if self._running is None or header.get("type") != "result":
+            return  # late, or nothing that we wait for
+        if header.get("execution_id") != self._running.execution_id or self._held_back is not None:
+            return
+        try:
+            report = _read_report(header, blobs)
+        except reading.BadRequest:
+            self.protocol_broken()
+            return
+        if self._interrupts_on_their_way:
+            self._held_back = report
+        else:
+            self._finish(report)
+
+    def interrupt_delivered(self) -> None:
+        """A SIGINT that was asked for has been sent."""
+        self._interrupts_on_their_way = max(0, self._interrupts_on_their_way - 1)
+        if self._held_back is not None and not self._interrupts_on_their_way:
+            self._finish(self._held_back)
+
+    def output_overflowed(self) -> None:
+        """The execution printed more than is even thrown away."""
+        if self._running is not None and self._running.cause is None:
+            self._stop(self._running, Outcome.OUTPUT_LIMIT)
+
+    def protocol_broken(self) -> None:
+        """The worker sent something that is no frame, or closed its channel and lives."""
+        self._lose("protocol")
+
+    def channel_closed(self) -> None:
+        """The channel is at its end; the reason follows, or the worker did it on purpose."""
+        if self.lost is None and self._channel_closed_at is None:
+            self._channel_closed_at = self._clock()
+            self._on_deadline()
+
+    def exited(self, reason: str) -> None:
+        """The worker process has ended."""
+        self._lose(reason)
+
+    # Time.
+
+    def next_deadline(self) -> float | None:
+        """Return the clock time at which ``tick`` has something to do, or None."""
+        times: list[float | None] = [self.tool_calls.next_lease_end()]
+        if self._running is not None:
+            times.append(self._running.kill_at or self._running.stopwatch.deadline())
+        if self._channel_closed_at is not None:
+            times.append(self._channel_closed_at + EXIT_REASON_WAIT_S)
+        return min((at for at in times if at is not None), default=None)
+
+    def tick(self) -> None:
+        """Do what is due: leases, the deadline, the kill after it."""
+        now = self._clock()
+        self.tool_calls.expire_leases()
+        if self._channel_closed_at is not None and now >= self._channel_closed_at + EXIT_REASON_WAIT_S:
+            self.protocol_broken()
+        running = self._running
+        if running is None:
+            return
+        deadline = running.stopwatch.deadline()
+        if running.cause is None and deadline is not None and now >= deadline:
+            self._stop(running, Outcome.TIMED_OUT)
+        elif running.cause is not None and running.kill_at is not None and now >= running.kill_at:
+            self._lose(_IGNORED_INTERRUPT[running.cause])
+
+    # Inside.
+
+    def _stop(self, execution: Execution, cause: Outcome) -> None:
+        execution.cause = cause
+        execution.kill_at = self._clock() + limits.INTERRUPT_GRACE_S
+        self.tool_calls.close(CallState.EXPIRED if cause is Outcome.TIMED_OUT else CallState.CANCELLED)
+        self._interrupts_on_their_way += 1
+        self._worker.interrupt()
+        self._on_deadline()
+
+    def _finish(self, report: _Report) -> None:
+        execution, self._held_back = self._running, None
+        if execution is None:
+            return
+        # Code that came to its end before the host's interrupt reached it has a result worth keeping.
+        cause = execution.cause
+        if cause is Outcome.INTERRUPTED and report.outcome in (Outcome.OK, Outcome.SUBMITTED):
+            cause = None
+        if cause is None:
+            self._end(execution, report.outcome, report.error, report)
+        else:
+            self._end(execution, cause, explain(cause, execution, report.error))
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = reason
+        self._channel_closed_at = self._held_back = None
+        if self._running is not None:
+            outcome = self._running.cause or Outcome.WORKER_DIED
+            self._end(self._running, outcome, explain(outcome, self._running, None))
+        self.tool_calls.close(CallState.CANCELLED)
+        self._worker.kill()
+        self._on_news()
+
+    def _end(
+        self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
+    ) -> None:
+        output = self._worker.take_output()
+        execution.blobs = () if report is None else report.blobs
+        execution.result = ExecutionResult(
+            outcome=outcome,
+            output=output.text,
+            discarded_output_bytes=output.discarded_bytes,
+            value=None if report is None else report.value,
+            display=None if report is None else report.display,
+            error=error,
+            session_lost=self.lost,
+            duration_s=round(self._clock() - execution.started_at, 6),
+        )
+        self._running = None
+        self.tool_calls.close(CallState.CANCELLED)
+        self._on_news()
+
+    def _call_queued(self, call: ToolCall) -> None:
+        self._watch_tools()
+        self._on_news()
+
+    def _call_ended(self, call: ToolCall) -> None:
+        self._watch_tools()
+        self._on_call_ended(call)
+
+    def _watch_tools(self) -> None:
+        """Let the clock stand still while the host works, where the execution asked for that."""
+        running = self._running
+        if running is None or running.timeout_includes_tools or running.timeout_s is None:
+            return
+        if len(self.tool_calls):
+            running.stopwatch.pause()
+        else:
+            running.stopwatch.resume()
+            self._on_deadline()
+
+
+def execute_header(request: ExecuteRequest) -> JsonObject:
+    """Return the header of the worker's execute frame: the request without what only the broker needs."""
+    header = request.to_json()
+    for name in ("timeout_s", "timeout_includes_tools", "max_output_bytes"):
+        del header[name]
+    header["type"] = "execute"
+    header.setdefault("variables", {})
+    header.setdefault("drop", [])
+    return header
+
+
+def _read_report(header: JsonObject, blobs: Sequence[Blob]) -> _Report:
+    result = ExecutionResult.from_json(header)
+    if result.outcome not in _REPORTABLE:
+        raise reading.BadRequest(f"a worker cannot report {result.outcome.value}")
+    display = result.display if result.display is None else result.display[: limits.MAX_DISPLAY_CHARS]
+    return _Report(result.outcome, result.value, display, result.error, blobs)

@@ -1,0 +1,77 @@
+"""``python3 -m broker.supervisor '<config>'``: see ``config``.
+
+``--attached <fd> '<config>'`` serves a broker that runs elsewhere, at the other end of that socket (tests).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+from broker.protocol.reading import BadRequest
+from broker.supervisor.config import SupervisorConfig
+
+
+def main(arguments: list[str]) -> int:
+    """Run the supervisor; return its exit status."""
+    attached = None
+    if arguments[:1] == ["--attached"] and len(arguments) == 3:
+        attached = int(arguments[1])
+        arguments = arguments[2:]
+    if len(arguments) != 1:
+        sys.stderr.write(f"{__doc__}\n")
+        return 2
+    try:
+        config = SupervisorConfig.from_json(arguments[0])
+    except BadRequest as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if attached is not None:
+        return _serve(config, socket.socket(fileno=attached), None)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    broker_pid = _start_broker(config, theirs, arguments[0])
+    return _serve(config, ours, broker_pid)
+
+
+def _serve(config: SupervisorConfig, link: socket.socket, broker_pid: int | None) -> int:
+    # Loaded only now, while the broker starts beside us.
+    from broker.supervisor import prctl
+    from broker.supervisor.core import Supervisor
+
+    importlib.import_module("broker.worker.main")  # the workers inherit it
+    if os.getpid() != 1:
+        prctl.become_subreaper()
+    return Supervisor(config, link, broker_pid).run()
+
+
+def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str) -> int:
+    """Start the broker as a program of its own, under its own uid; return its pid."""
+    pid = os.fork()
+    if pid != 0:
+        link.close()
+        return pid
+    try:
+        os.set_inheritable(link.fileno(), True)
+        if config.broker_uid is not None and config.broker_gid is not None:
+            os.setgroups([])
+            os.setresgid(config.broker_gid, config.broker_gid, config.broker_gid)
+            os.setresuid(config.broker_uid, config.broker_uid, config.broker_uid)
+        os.umask(0o077)
+        package_folder = str(Path(__file__).resolve().parents[2])
+        environment = {
+            "PATH": os.defpath,
+            "LANG": "C.UTF-8",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (package_folder, config.broker_site))),
+        }
+        command = [sys.executable, "-s", "-m", "broker", raw_config, str(link.fileno())]
+        os.execve(command[0], command, environment)  # noqa: S606
+    finally:
+        os._exit(71)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

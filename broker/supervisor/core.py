@@ -1,0 +1,250 @@
+"""The supervisor's loop: single-threaded, woken by the broker's messages, by signals and by sweeps in progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from broker.supervisor import link
+from broker.supervisor.config import SupervisorConfig
+from broker.supervisor.oom import OomCounter
+from broker.supervisor.sweeping import GroupSweeper, Sweeper, UidSweeper
+from broker.supervisor.worker_child import run_worker
+
+#: Between two looks at the processes that a sweep has killed. Not on the path of any call.
+_SWEEP_STEP_S = 0.005
+
+#: A process that is stuck in the kernel may outlast SIGKILL; then the slot is given up.
+SWEEP_LIMIT_S = 10.0
+
+#: How long the broker may take to end in good order.
+STOP_LIMIT_S = 2.0
+
+
+@dataclasses.dataclass(slots=True)
+class _Sweep:
+    """A sweep in progress: processes first, then (``cleaner`` is the child that does it) files."""
+
+    message_id: int
+    worker_pid: int | None
+    give_up_at: float
+    cleaner: int | None = None
+
+
+class Supervisor:
+    """Serves one broker.
+
+    Args:
+        config: The configuration.
+        broker: Our end of the socket pair.
+        broker_pid: The broker's pid where it is our child, else None.
+    """
+
+    def __init__(self, config: SupervisorConfig, broker: socket.socket, broker_pid: int | None) -> None:
+        self._config, self._broker, self._broker_pid = config, broker, broker_pid
+        self._sweeper: Sweeper = UidSweeper(config) if config.separate_users else GroupSweeper()
+        self._workers: dict[int, int] = {}  # slot -> pid
+        self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
+        self._sweeps: dict[int, _Sweep] = {}
+        self._oom = OomCounter()
+        self._status: int | None = None
+        self._stop_at: float | None = None
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waker = socket.socketpair()
+
+    def run(self) -> int:
+        """Serve until the broker ends or SIGTERM comes; return the exit status. Nothing is left afterwards."""
+        self._prepare()
+        try:
+            while self._status is None:
+                for key, _ in self._selector.select(self._pause_s()):
+                    key.data()
+                self._go_on_sweeping()
+                if self._stop_at is not None and time.monotonic() >= self._stop_at:
+                    self._status = 0
+        finally:
+            self._end_everything()
+        return self._status
+
+    def _prepare(self) -> None:
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # PID 1 gets only signals that it handles
+        self._selector.register(self._woken, selectors.EVENT_READ, self._signalled)
+        self._selector.register(self._broker, selectors.EVENT_READ, self._message)
+        gc.freeze()  # what is loaded now stays shared with the workers
+        self._reap()
+
+    def _pause_s(self) -> float | None:
+        if self._sweeps:
+            return _SWEEP_STEP_S
+        return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
+
+    # Signals.
+
+    def _signalled(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            numbers = set(self._woken.recv(4096))
+            if numbers & {signal.SIGTERM, signal.SIGINT}:
+                self._stop()
+        self._reap()
+
+    def _stop(self) -> None:
+        if self._stop_at is not None:
+            return
+        self._stop_at = time.monotonic() + STOP_LIMIT_S
+        if self._broker_pid is None:
+            self._status = 0
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._broker_pid, signal.SIGTERM)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended(pid, status)
+
+    def _ended(self, pid: int, status: int) -> None:
+        if pid == self._broker_pid:
+            reason = exit_reason(status, oom=self._oom.rose())
+            _say(f"the broker ended: {reason}")
+            self._broker_pid = None
+            self._status = 0 if reason == "exited(0)" else 1
+            return
+        for slot, worker in list(self._workers.items()):
+            if worker == pid:
+                del self._workers[slot]
+                reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
+                self._tell({"exited": slot, "pid": pid, "reason": reason})
+        for slot, sweep in list(self._sweeps.items()):
+            if sweep.cleaner == pid:
+                self._finish_sweep(slot, clean=True)
+
+    # Messages.
+
+    def _message(self) -> None:
+        received = link.receive(self._broker)
+        if received is None:
+            self._selector.unregister(self._broker)
+            if self._broker_pid is None:  # else its end is about to be reaped, and has a reason
+                self._status = 0
+            elif self._stop_at is None:
+                self._stop()
+            return
+        message, _ = received
+        operation = {"spawn": self._spawn, "signal": self._signal, "sweep": self._sweep}[message["op"]]
+        operation(message["id"], message["slot"])
+
+    def _spawn(self, message_id: int, slot: int) -> None:
+        if slot in self._workers or slot in self._sweeps or not 0 <= slot < self._config.max_sessions:
+            self._tell({"re": message_id, "error": f"slot {slot} is not free"})
+            return
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._tell({"re": message_id, "error": f"fork: {error.strerror}"})
+                return
+            if pid == 0:
+                run_worker(self._config, slot, theirs.fileno())
+            self._workers[slot] = self._last_pids[slot] = pid
+            self._tell({"re": message_id, "pid": pid}, fd=ours.fileno())
+
+    def _signal(self, message_id: int, slot: int) -> None:
+        pid = self._workers.get(slot)  # not reaped yet, so the pid is still its own
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+        self._tell({"re": message_id})
+
+    def _sweep(self, message_id: int, slot: int) -> None:
+        self._sweeps[slot] = _Sweep(message_id, self._last_pids.get(slot), time.monotonic() + SWEEP_LIMIT_S)
+
+    # Sweeps.
+
+    def _go_on_sweeping(self) -> None:
+        for slot, sweep in list(self._sweeps.items()):
+            if time.monotonic() >= sweep.give_up_at:
+                _say(f"slot {slot} could not be swept")
+                self._finish_sweep(slot, clean=False)
+            elif sweep.cleaner is None:
+                self._sweeper.kill(slot, sweep.worker_pid)
+                self._reap()
+                if slot not in self._workers and not self._sweeper.anything_left(slot, sweep.worker_pid):
+                    self._start_cleaner(slot, sweep)
+
+    def _start_cleaner(self, slot: int, sweep: _Sweep) -> None:
+        with contextlib.suppress(OSError):  # no process to be had: tried again at the next step
+            sweep.cleaner = os.fork()
+            if sweep.cleaner == 0:
+                try:
+                    self._sweeper.remove_files(slot)
+                finally:
+                    os._exit(0)
+
+    def _finish_sweep(self, slot: int, *, clean: bool) -> None:
+        sweep = self._sweeps.pop(slot)
+        if not clean and sweep.cleaner is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(sweep.cleaner, signal.SIGKILL)
+        self._tell({"re": sweep.message_id, "clean": clean})
+
+    def _end_everything(self) -> None:
+        """Leave no process and, outside of a container (whose end takes everything along), no file."""
+        if self._broker_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._broker_pid, signal.SIGKILL)
+        for slot, pid in self._last_pids.items():
+            self._sweeper.kill(slot, pid)
+        if os.getpid() == 1:
+            return
+        for slot in self._last_pids:
+            cleaner = os.fork()
+            if cleaner == 0:
+                try:
+                    self._sweeper.remove_files(slot)
+                finally:
+                    os._exit(0)
+            os.waitpid(cleaner, 0)
+
+    def _tell(self, message: dict[str, Any], fd: int | None = None) -> None:
+        with contextlib.suppress(OSError):  # a broker that is gone is noticed by its end
+            link.send(self._broker, message, fd)
+
+
+def exit_reason(status: int, *, oom: bool) -> str:
+    """Return why a process ended, as the wire has it: ``oom``, ``killed``, ``crashed(SIGSEGV)`` or ``exited(3)``."""
+    if not os.WIFSIGNALED(status):
+        return f"exited({os.WEXITSTATUS(status)})"
+    if _killed(status):
+        return "oom" if oom else "killed"
+    number = os.WTERMSIG(status)
+    try:
+        return f"crashed({signal.Signals(number).name})"
+    except ValueError:
+        return f"crashed({number})"
+
+
+def _killed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f'{{"from": "supervisor", "message": "{text}"}}\n')
+    sys.stderr.flush()

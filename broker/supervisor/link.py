@@ -1,0 +1,49 @@
+"""The messages between broker and supervisor: one JSON object in each packet of a SOCK_SEQPACKET pair.
+
+::
+
+    broker → supervisor   {"id": 7, "op": "spawn",  "slot": 3}
+                          {"id": 8, "op": "signal", "slot": 3}
+                          {"id": 9, "op": "sweep",  "slot": 3}
+    supervisor → broker   {"re": 7, "pid": 41}  with the worker's channel attached, or {"re": 7, "error": "..."}
+                          {"re": 8}
+                          {"re": 9, "clean": true}
+                          {"exited": 3, "pid": 41, "reason": "crashed(SIGSEGV)"}
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+_PACKET_BYTES = 4096
+
+
+def send(sock: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
+    """Send one message, with a file descriptor attached if given.
+
+    Raises:
+        OSError: The other side is gone.
+    """
+    data = json.dumps(message).encode()
+    if fd is None:
+        sock.send(data)
+    else:
+        socket.send_fds(sock, [data], [fd])
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the next message and the descriptors attached to it, or None at the end.
+
+    Raises:
+        BlockingIOError: The socket does not block and holds no message.
+    """
+    try:
+        data, fds, _, _ = socket.recv_fds(sock, _PACKET_BYTES, 1)
+    except ConnectionError:
+        return None
+    if not data:
+        return None
+    message: dict[str, Any] = json.loads(data)
+    return message, list(fds)

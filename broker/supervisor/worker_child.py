@@ -1,0 +1,108 @@
+"""What a forked child does to become the worker of a session: give up everything, then run it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from broker.supervisor import prctl
+from broker.supervisor.config import SupervisorConfig
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+#: Exit status of a child that could not become a worker; the reason is on the supervisor's stderr.
+EXIT_NOT_STARTED = 70
+
+
+def run_worker(config: SupervisorConfig, slot: int, channel_fd: int) -> NoReturn:
+    """Turn this forked process into the worker of ``slot``; never returns.
+
+    Args:
+        config: The supervisor's.
+        slot: The session's slot.
+        channel_fd: The worker's end of its channel; every other descriptor is closed.
+    """
+    status = EXIT_NOT_STARTED
+    try:
+        _reset_signals()
+        _close_descriptors(channel_fd)
+        os.setsid()
+        _set_limits(config)
+        _become_guest(config, slot)
+        _enter_home(config, slot)
+        status = _run(config, channel_fd)
+    except BaseException as error:  # noqa: BLE001 - nothing may escape into the supervisor's code after a fork
+        with contextlib.suppress(OSError):
+            os.write(2, f"worker of slot {slot}: {type(error).__name__}: {error}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(status)
+
+
+def _run(config: SupervisorConfig, channel_fd: int) -> int:
+    if config.guest_site is not None:
+        sys.path.append(config.guest_site)
+    from broker.worker.main import run
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    run(socket.socket(fileno=channel_fd), guest_socket=config.guest_socket)
+    return 0
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _close_descriptors(keep: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    os.closerange(3, keep)
+    os.closerange(keep + 1, highest + 1)
+
+
+def _set_limits(config: SupervisorConfig) -> None:
+    Path("/proc/self/oom_score_adj").write_text("1000")  # before the drop: afterwards the file is root's
+    wanted_limits = {resource.RLIMIT_NOFILE: config.nofile, resource.RLIMIT_CORE: 0}
+    if config.separate_users:  # else it would count all processes of whoever runs the tests
+        wanted_limits[resource.RLIMIT_NPROC] = config.nproc
+    for what, wanted in wanted_limits.items():
+        _, hard = resource.getrlimit(what)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(what, (limit, limit))
+
+
+def _become_guest(config: SupervisorConfig, slot: int) -> None:
+    if config.separate_users:
+        uid = config.guest_uid(slot)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    prctl.set_no_new_privileges()
+    prctl.set_dumpable(True)  # the change of uid took /proc/self away
+    prctl.set_parent_death_signal(signal.SIGKILL)
+    os.umask(0o077)
+
+
+def _enter_home(config: SupervisorConfig, slot: int) -> None:
+    # The random part keeps others from squatting; the rest is what ``GroupSweeper`` goes by.
+    home = f"/tmp/session-{slot}-{os.getppid()}-{secrets.token_hex(4)}"  # noqa: S108
+    os.mkdir(home, 0o700)
+    os.chdir(home)
+    os.environ.clear()
+    os.environ.update(
+        {"HOME": home, "TMPDIR": home, "USER": "guest", "LOGNAME": "guest", "PATH": _PATH, "LANG": "C.UTF-8"}
+    )
+    os.environ.update(config.environment)

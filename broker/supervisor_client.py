@@ -1,0 +1,126 @@
+"""The broker's side of the supervisor: starts, interrupts and sweeps workers in the container."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.event import AsyncResult
+
+from broker.errors import SessionStartFailed
+from broker.spawner import Peer
+from broker.supervisor import link
+
+#: A fork takes milliseconds; a supervisor that does not answer for so long is stuck.
+SPAWN_LIMIT_S = 10.0
+
+Reply = dict[str, Any]
+
+
+@dataclasses.dataclass(slots=True)
+class _Running:
+    pid: int
+    on_exit: Callable[[str], None]
+
+
+class SupervisorClient:
+    """Speaks to the supervisor over its socket.
+
+    Args:
+        sock: Our end of the socket pair; it is closed by ``close``.
+        guest_uid_base: Uid of slot 0, or None where every process has the same uid (tests).
+        max_slots: Number of slots.
+        on_gone: Called once when the supervisor is gone.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, guest_uid_base: int | None, max_slots: int, on_gone: Callable[[], None]
+    ) -> None:
+        sock.setblocking(False)
+        self._sock, self._base, self._max_slots, self._on_gone = sock, guest_uid_base, max_slots, on_gone
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, Callable[[Reply, list[int]], None]] = {}
+        self._running: dict[int, _Running] = {}
+        self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        self._watcher.start(self._readable)
+
+    def spawn(self, slot: int, on_exit: Callable[[str], None]) -> socket.socket:
+        """Start the worker of a slot and return our end of its channel.
+
+        Raises:
+            SessionStartFailed: The supervisor could not fork, or does not answer.
+        """
+        answer: AsyncResult = AsyncResult()
+
+        def started(reply: Reply, fds: list[int]) -> None:
+            # Noted at once: the worker's end may be told in the very next message.
+            if fds:
+                self._running[slot] = _Running(reply["pid"], on_exit)
+            answer.set((reply, fds))
+
+        self._ask("spawn", slot, started)
+        try:
+            reply, fds = answer.get(timeout=SPAWN_LIMIT_S)
+        except gevent.Timeout:
+            raise SessionStartFailed("the supervisor does not answer") from None
+        if not fds:
+            raise SessionStartFailed(f"the worker could not be started: {reply.get('error', 'no reason given')}")
+        return socket.socket(fileno=fds[0])
+
+    def interrupt(self, slot: int, done: Callable[[], None]) -> None:
+        """Send SIGINT to the worker; ``done`` is called once it was sent."""
+        self._ask("signal", slot, lambda reply, fds: done())
+
+    def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
+        """Kill every process of the slot and remove its files; ``done`` is told whether nothing is left."""
+        self._ask("sweep", slot, lambda reply, fds: done(bool(reply.get("clean"))))
+
+    def slot_of(self, peer: Peer) -> int | None:
+        """Return the slot of a process on the guest's socket: by its uid, or in tests by its worker's process session."""
+        if self._base is not None:
+            slot = peer.uid - self._base
+            return slot if 0 <= slot < self._max_slots else None
+        try:
+            leader = os.getsid(peer.pid)
+        except ProcessLookupError:
+            return None
+        return next((slot for slot, worker in self._running.items() if worker.pid == leader), None)
+
+    def close(self) -> None:
+        """Close the connection; a supervisor ends everything then."""
+        if self._sock.fileno() >= 0:
+            self._watcher.stop()
+            self._watcher.close()
+            self._sock.close()
+
+    def _ask(self, operation: str, slot: int, answered: Callable[[Reply, list[int]], None]) -> None:
+        message_id = next(self._ids)
+        self._waiting[message_id] = answered
+        try:
+            link.send(self._sock, {"id": message_id, "op": operation, "slot": slot})
+        except OSError:
+            self._on_gone()
+
+    def _readable(self) -> None:
+        try:
+            received = link.receive(self._sock)
+        except BlockingIOError:
+            return
+        if received is None:
+            self._watcher.stop()
+            self._on_gone()
+            return
+        message, fds = received
+        if "exited" in message:
+            worker = self._running.get(message["exited"])
+            if worker is not None and worker.pid == message["pid"]:
+                worker.on_exit(message["reason"])
+            return
+        answered = self._waiting.pop(message["re"], None)
+        if answered is not None:
+            answered(message, fds)

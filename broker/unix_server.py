@@ -1,0 +1,214 @@
+"""gevent's WSGI server on a Unix socket: the peer's identity, one send per reply, errors in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flask import Flask
+from gevent import pywsgi
+from gevent import socket as gevent_socket
+
+from broker.errors import BadRequest, BrokerError, Forbidden, InternalError
+from broker.logs import Log
+from broker.spawner import Peer
+
+#: As many as connect at once when a thousand threads call tools; the kernel caps it at somaxconn.
+_BACKLOG = 4096
+_MAX_HEADERS = 64
+_MAX_HEADER_LINE_BYTES = 8192
+#: A first piece of a body up to this size leaves together with the headers.
+_JOIN_BYTES = 64 << 10
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Connection:
+    """One accepted connection.
+
+    Attributes:
+        peer: Who connected.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        self.peer = Peer(pid=pid, uid=uid)
+
+    def still_there(self) -> bool:
+        """Tell whether the other side still holds the connection open."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLRDHUP)
+        return not poll.poll(0)
+
+
+class Headers(dict[str, str]):
+    """Request headers with lower-case names, as pywsgi asks for them; its own go through the mail parser."""
+
+    status = ""
+
+    def getheader(self, name: str, default: str | None = None) -> str | None:
+        """Return a header by its lower-case name."""
+        return self.get(name, default)
+
+    @property
+    def typeheader(self) -> str | None:
+        """The content type."""
+        return self.get("content-type")
+
+
+class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
+    """One connection's requests."""
+
+    def MessageClass(self, rfile: Any, *_: Any) -> Headers:  # noqa: N802 - pywsgi's name
+        """Read the headers of a request.
+
+        Raises:
+            ValueError: Malformed, too many, too long, or one given twice.
+        """
+        headers = Headers()
+        for _count in range(_MAX_HEADERS):
+            line = rfile.readline(_MAX_HEADER_LINE_BYTES)
+            if line in (b"\r\n", b"\n", b""):
+                return headers
+            name, colon, value = line.decode("latin-1").partition(":")
+            name = name.lower()
+            if not colon or name != name.strip() or name in headers or not line.endswith(b"\n"):
+                raise ValueError("malformed header")
+            headers[name] = value.strip()
+        raise ValueError("too many headers")
+
+    def _headers(self) -> Iterator[tuple[str, str]]:
+        for name, value in self.headers.items():
+            if name not in ("content-type", "content-length") and "_" not in name:
+                yield "HTTP_" + name.replace("-", "_").upper(), value
+
+    def get_environ(self) -> dict[str, Any]:
+        """Return the WSGI environment, with the connection."""
+        environ: dict[str, Any] = super().get_environ()
+        environ["rlm_sandbox.connection"] = self.server.connections[self.socket]
+        return environ
+
+    def handle_one_request(self) -> Any:
+        """Serve one request; what pywsgi would answer as text is answered in JSON."""
+        result = super().handle_one_request()
+        if isinstance(result, tuple):
+            return result[0], canned_reply(BadRequest("malformed HTTP request"))
+        return result
+
+    def _write_with_headers(self, data: bytes) -> None:
+        # pywsgi sends headers and body apart, which costs a system call and wakes the client twice.
+        self.headers_sent = True
+        self.finalize_headers()
+        lines = [b"HTTP/1.1 " + self.status, *(name + b": " + value for name, value in self.response_headers), b"", b""]
+        head = b"\r\n".join(lines)
+        if self.response_use_chunked or len(data) > _JOIN_BYTES:
+            self._sendall(head)
+            self._write(data)
+        else:
+            self._sendall(head + bytes(data))
+
+    def _send_error_response_if_possible(self, error_code: int) -> None:
+        self.close_connection = True
+        if not self.response_length:
+            error = BadRequest("malformed request") if error_code == 400 else InternalError("a defect of the broker")
+            self.socket.sendall(canned_reply(error))
+
+    def _log_error(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        self.server.log_defect(error)
+
+    def log_error(self, message: str, *arguments: Any) -> None:
+        """Malformed requests are answered, not logged: anybody can send them without end."""
+
+    def log_request(self) -> None:
+        """Requests are not logged: there are thousands each second."""
+
+
+class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
+    """Serves one Flask app on one Unix socket.
+
+    Args:
+        path: Where the socket is made; a stale socket there is removed.
+        mode: Its permissions.
+        app: The app.
+        log: For defects.
+        admit: Called with each new connection's peer; may raise a ``BrokerError``, which is the only answer then.
+        left: Called when an admitted connection has been closed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        mode: int,
+        app: Flask,
+        *,
+        log: Log,
+        admit: Callable[[Peer], None],
+        left: Callable[[Peer], None],
+    ) -> None:
+        self.connections: dict[Any, Connection] = {}
+        self._path, self._log, self._admit, self._left = path, log, admit, left
+        super().__init__(_listen(path, mode), app, handler_class=UnixHandler, log=None, error_log=None)
+
+    def handle(self, sock: Any, address: Any) -> None:
+        """Serve one connection until it ends."""
+        connection = Connection(sock)
+        try:
+            self._admit(connection.peer)
+        except BrokerError as error:
+            sock.sendall(canned_reply(error))
+            return
+        self.connections[sock] = connection
+        try:
+            super().handle(sock, address)
+        finally:
+            del self.connections[sock]
+            self._left(connection.peer)
+
+    def log_defect(self, error: BaseException) -> None:
+        """Log an exception that reached the server."""
+        if not isinstance(error, OSError):  # a client that went away
+            self._log.defect("server", error)
+
+    def close_all(self) -> None:
+        """Stop listening, close every connection, and remove the socket."""
+        self.stop(timeout=0)
+        for sock in list(self.connections):
+            sock.close()
+        if os.path.exists(self._path):
+            os.unlink(self._path)
+
+
+def only_uids(allowed: frozenset[int]) -> Callable[[Peer], None]:
+    """Return an ``admit`` that refuses everybody else."""
+
+    def admit(peer: Peer) -> None:
+        if peer.uid not in allowed:
+            raise Forbidden("this user may not speak to the sandbox's host plane")
+
+    return admit
+
+
+def canned_reply(error: BrokerError) -> bytes:
+    """Return a whole HTTP reply that ends the connection."""
+    body = json.dumps(error.to_json()).encode()
+    head = f"HTTP/1.1 {error.status} {error.code}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+def _listen(path: str, mode: int) -> Any:
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener = gevent_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, mode)
+    listener.listen(_BACKLOG)
+    return listener

@@ -1,0 +1,129 @@
+"""A session's worker as the broker sees it: its channel, its output, and the spawner that it came from."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from broker.channel import Channel
+from broker.errors import SessionStartFailed
+from broker.output import Output, OutputPipes
+from broker.protocol.frames import Blob
+from broker.session import Session
+from broker.spawner import WorkerSpawner
+from broker.waiting import Bell
+
+JsonObject = dict[str, Any]
+
+#: From the fork to the first frame: imports are done before, so this is for a machine under heavy load.
+READY_LIMIT_S = 20.0
+
+
+class WorkerLink:
+    """Implements ``session.Worker`` on a real process.
+
+    Args:
+        slot: The session's slot.
+        spawner: Where workers come from.
+        on_killed: Told that the worker is being killed and its slot swept.
+        on_swept: Told whether nothing is left once the worker was killed and its slot swept.
+    """
+
+    def __init__(
+        self, slot: int, spawner: WorkerSpawner, on_killed: Callable[[], None], on_swept: Callable[[bool], None]
+    ) -> None:
+        self._slot, self._spawner = slot, spawner
+        self._on_killed, self._on_swept = on_killed, on_swept
+        self._session: Session | None = None
+        self._channel: Channel | None = None
+        self._pipes = OutputPipes(self._overflowed)
+        self._ready = False
+        self._failure: str | None = None
+        self._started = Bell()
+
+    def start(self) -> None:
+        """Start the worker and wait until it is ready.
+
+        Raises:
+            SessionStartFailed: It ended, or did not become ready; the slot is being swept.
+        """
+        try:
+            sock = self._spawner.spawn(self._slot, self._exited)
+            self._open(sock)
+            settled = self._started.wait_until(lambda: self._ready or self._failure is not None, READY_LIMIT_S)
+            if not settled:
+                raise SessionStartFailed(f"the worker was not ready within {READY_LIMIT_S:g} s")
+            if self._failure is not None:
+                raise SessionStartFailed(f"the worker ended while it started: {self._failure}")
+        except SessionStartFailed:
+            self.kill()
+            raise
+
+    def attach(self, session: Session) -> None:
+        """Tell this session from now on what the worker does."""
+        self._session = session
+        if self._failure is not None:
+            session.exited(self._failure)
+
+    def execute(self, header: JsonObject, blobs: Sequence[Blob], *, max_output_bytes: int) -> None:
+        """Send an execute frame with a fresh output pipe."""
+        assert self._channel is not None
+        pipe = self._pipes.open(max_output_bytes)
+        self._channel.send(header, blobs, fd=pipe.write_end)
+        pipe.close_write_end()
+
+    def interrupt(self) -> None:
+        """Send SIGINT to the worker."""
+        self._spawner.interrupt(self._slot, self._interrupted)
+
+    def take_output(self) -> Output:
+        """Return what the execution printed, up to now."""
+        return self._pipes.take()
+
+    def kill(self) -> None:
+        """Kill every process of the session and remove its files."""
+        self._on_killed()
+        if self._channel is not None:
+            self._channel.close()
+        self._pipes.close()
+        self._spawner.sweep(self._slot, self._on_swept)
+
+    def _open(self, sock: socket.socket) -> None:
+        self._channel = Channel(sock, on_frame=self._frame, on_broken=self._broken, on_closed=self._closed)
+
+    def _frame(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+        if self._session is not None:
+            self._session.frame_received(header, blobs)
+        elif header.get("type") == "ready":
+            self._ready = True
+            self._started.ring()
+
+    def _exited(self, reason: str) -> None:
+        if self._channel is not None:
+            self._channel.read_now()  # its last words count
+        self._fail(reason)
+        if self._session is not None:
+            self._session.exited(reason)
+
+    def _broken(self) -> None:
+        self._fail("protocol")
+        if self._session is not None:
+            self._session.protocol_broken()
+
+    def _closed(self) -> None:
+        if self._session is not None:
+            self._session.channel_closed()
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
+            self._started.ring()
+
+    def _interrupted(self) -> None:
+        if self._session is not None:
+            self._session.interrupt_delivered()
+
+    def _overflowed(self) -> None:
+        if self._session is not None:
+            self._session.output_overflowed()
