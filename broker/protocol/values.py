@@ -124,8 +124,10 @@ class Encoder:
         if all(type(key) is str and not key.startswith("$") for key in mapping):
             return {k: self._encode(v, f"{path}[{k!r}]", depth + 1, parents) for k, v in mapping.items()}
         pairs = []
+        # A key stays what it is, also where tuples and sets become lists: a list cannot be a key.
+        keys = Encoder(keeper=self.keeper, blobs=self.blobs) if self.listify else self
         for key, item in mapping.items():
-            encoded_key = self._encode(key, f"{path} key {key!r:.40}", depth + 1, parents)
+            encoded_key = keys._encode(key, f"{path} key {key!r:.40}", depth + 1, parents)
             pairs.append([encoded_key, self._encode(item, f"{path}[{key!r:.40}]", depth + 1, parents)])
         return {"$map": pairs}
 

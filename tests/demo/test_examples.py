@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 from pathlib import Path
@@ -45,7 +46,7 @@ class InProcess:
     def shutdown(self) -> None: ...
 
     def execute(self, code: str, variables: dict[str, Any] | None = None) -> Any:
-        self._globals.update(self.tools, **(variables or {}))
+        self._globals.update({name: by_keywords(tool) for name, tool in self.tools.items()}, **(variables or {}))
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out):
@@ -56,6 +57,15 @@ class InProcess:
 
     def _submit(self, **fields: Any) -> None:
         self._submitted = FinalOutput(fields)
+
+
+def by_keywords(tool: Any) -> Any:
+    """DSPy's tools take keywords only; generated code calls them as it likes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tool(**inspect.signature(tool).bind(*args, **kwargs).arguments)
+
+    return call
 
 
 @pytest.fixture(params=["in-process", pytest.param("sandbox", marks=pytest.mark.docker)])
