@@ -86,8 +86,8 @@ def execution_instructions(settings: SandboxSettings) -> str:
     packages = ", ".join(("numpy", "pandas", *settings.packages))
     return (
         "Code runs as full CPython in an isolated Linux container without network access. Variables, imports and "
-        f"functions persist between executions; input variables are set anew before each one. Installed: {packages} and "
-        "the standard library; subprocesses, threads and files under /tmp work. What is printed is shown, and the value "
-        "of the last expression too. Tools are global functions (see help(tool)); they may be called from threads and "
-        "raise ordinary exceptions. SUBMIT ends the execution at once."
+        "functions persist between executions; input variables are set anew before each one. The standard library and "
+        f"{packages} are installed; subprocesses, threads and files under /tmp work. What is printed is shown, and the "
+        "value of the last expression too. Tools are global functions (see help(tool)); they may be called from "
+        "threads and raise ordinary exceptions. SUBMIT ends the execution at once."
     )

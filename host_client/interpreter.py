@@ -24,7 +24,7 @@ from host_client.settings import SandboxSettings
 from host_client.tool_definitions import ToolTable
 from host_client.tool_runner import ToolCalls, await_result
 
-#: Outcomes after which the variables have surely arrived; after others they have if generated code is in the traceback.
+#: Outcomes after which the variables have surely arrived; after others they have if a line of the code is known.
 _ARRIVED = frozenset({Outcome.OK, Outcome.SUBMITTED})
 
 
@@ -227,7 +227,7 @@ class SandboxInterpreter:
         try:
             request = self._request(session, code, variables, fields, encoder)
             record = self._run(session, request, encoder)
-            arrived = record.outcome in _ARRIVED or bool(record.error and record.error.traceback)
+            arrived = record.outcome in _ARRIVED or (record.error is not None and record.error.lineno is not None)
         finally:
             session.keeper.settle(arrived=arrived)
         session.tools_sent, session.known_fields = True, fields or ()

@@ -92,8 +92,8 @@ def _for_model(record: ExecutionRecord) -> Any:
 
 
 def _shown(record: ExecutionRecord) -> str | None:
-    if isinstance(record.value, str) and record.value:
-        return record.value
+    if isinstance(record.value, str):
+        return record.value or "''"
     if record.display is None and record.value is not None:
         return repr(record.value)
     return record.display
@@ -122,7 +122,7 @@ def _describe(error: ErrorInfo | None) -> str:
         return "the code failed"
     last = f"{error.type}: {error.message}" if error.message else error.type
     frames = error.traceback.rstrip()
-    return last if not frames else frames if frames.endswith(last.rstrip()) else f"{frames}\n{last}"
+    return last if not frames else frames if last.rstrip() in frames else f"{frames}\n{last}"
 
 
 def _lost(record: ExecutionRecord) -> SessionLost:

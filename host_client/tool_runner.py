@@ -202,8 +202,7 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
 def public_error(error: BaseException) -> ErrorInfo:
     """Return what generated code may know of a tool's error: its name and its text, no traceback."""
     try:
-        # str(KeyError("k")) is "'k'": the text would be quoted twice once it is a KeyError again.
-        message = str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
+        message = str(error)
     except Exception:  # a __str__ of the tool's making
         message = ""
     return ErrorInfo(type=type(error).__name__[:200], message=message[:_MAX_MESSAGE_CHARS])
