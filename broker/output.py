@@ -86,6 +86,11 @@ class OutputPipe:
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
         self._watcher.start(self._readable)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has come to its end."""
+        return self._read_end < 0
+
     def close_write_end(self) -> None:
         """Close our copy of the writing end once the worker has its own."""
         if self.write_end >= 0:
@@ -164,9 +169,10 @@ class OutputPipes:
         pipe, self._current = self._current, None
         if pipe is None:
             return Output()
-        self._left_over.append(pipe)
         output = pipe.take()
-        while len(self._left_over) > MAX_LEFT_OVER_PIPES:
+        if not pipe.closed:
+            self._left_over.append(pipe)
+        if len(self._left_over) > MAX_LEFT_OVER_PIPES:
             self._left_over[0].close()
         return output
 
