@@ -169,7 +169,10 @@ def _spare_uid(details: dict[str, Any]) -> int:
 def _say_running(name: str, connect: Connect, current_image: str) -> None:
     with _engine(connect) as engine:
         row = describe(engine, _known(engine, name), now=datetime.datetime.now(datetime.timezone.utc).astimezone())
-    _say(f"sandbox {name!r} is already up since {row.since}, with {row.sessions} sessions")
+    if row.state == "running":
+        _say(f"sandbox {name!r} is already up since {row.since}, with {row.sessions} sessions")
+    else:
+        _say(f"sandbox {name!r} is already there, but: {row.state}; see why: rlm-sandbox logs {name}")
     if row.image != current_image:
         _say(f"it runs {row.image}; these settings and sources now give {current_image}")
         _say(f"to renew it: rlm-sandbox down {name} && rlm-sandbox up {name}")

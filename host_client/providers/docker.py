@@ -29,8 +29,8 @@ class _Process:
     """What one process holds. A forked child begins with an empty one: its parent's sandboxes are not its own."""
 
     def __init__(self) -> None:
-        # Guards engine and users together: the engine is open while it is used or sandboxes are owned, and is closed,
-        # descriptors and all, otherwise. Also guards the flags.
+        # Guards engine and users together: the engine's connections are open only while somebody uses it. Also guards
+        # the flags.
         self.lock = threading.Lock()
         self.engine: Engine | None = None
         self.users = 0
@@ -168,8 +168,8 @@ class DockerProvider:
         finally:
             with process.lock:
                 process.users -= 1
-                if not process.users and not process.owned:
-                    process.engine = None
+                if not process.users:
+                    # The SDK keeps a connection for each path it has asked for; asking again opens them anew.
                     engine.close()
 
 

@@ -31,4 +31,4 @@ class Engine(Protocol):
         """Yield what it writes until it ends."""
 
     def close(self) -> None:
-        """Close the connections; containers go on."""
+        """Close the connections; containers go on, and the next call connects again."""

@@ -72,7 +72,8 @@ class FakeEngine:
     Attributes:
         containers: By id.
         failures: By method's name, errors to raise at its next calls, in this order.
-        connections: How many were opened and not closed.
+        connected: Whether it was used since it was last closed.
+        times_connected: How often somebody connected.
     """
 
     def __init__(self, program: Callable[[FakeContainer], None] = healthy, *, image: str = "fake:1") -> None:
@@ -80,17 +81,18 @@ class FakeEngine:
         self.image = image
         self.containers: dict[str, FakeContainer] = {}
         self.failures: dict[str, list[BaseException]] = {}
-        self.connections = 0
+        self.connected = False
+        self.times_connected = 0
 
     def connect(self) -> FakeEngine:
         """Return this engine, as ``connect_engine`` would."""
         self._maybe_fail("connect")
-        self.connections += 1
+        self.times_connected += 1
         return self
 
     def close(self) -> None:
-        """Count one connection less."""
-        self.connections -= 1
+        """Close the connections; they open again with the next call."""
+        self.connected = False
 
     def create_container(self, **keywords: Any) -> str:
         """Create a container; its name must be free and its image there."""
@@ -163,6 +165,7 @@ class FakeEngine:
         raise ContainerNotFound(f"no container {name_or_id[:40]}")
 
     def _maybe_fail(self, method: str) -> None:
+        self.connected = True
         if self.failures.get(method):
             raise self.failures[method].pop(0)
 

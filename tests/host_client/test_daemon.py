@@ -35,7 +35,7 @@ def test_up_starts_it_and_says_what_to_type_next(engine: FakeEngine, capsys: Cap
     assert "1 GiB of memory" in printed
     assert 'SandboxInterpreter.factory(sandbox="default")' in printed
     assert "rlm-sandbox down default" in printed
-    assert engine.connections == 0
+    assert not engine.connected
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_down_removes_all_of_it_and_is_idempotent(engine: FakeEngine, runtime: R
     assert left_over(runtime) == []
     assert daemon.down("default", connect=engine.connect) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert engine.connections == 0
+    assert not engine.connected
 
 
 def test_down_of_one_that_cannot_be_removed_is_an_error(engine: FakeEngine, runtime: RuntimeDir) -> None:

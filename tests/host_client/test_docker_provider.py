@@ -41,7 +41,7 @@ def test_a_started_sandbox_answers_and_a_stopped_one_leaves_nothing(
     provider.stop(handle)
     assert provider.why_dead(handle) == "removed"
     assert engine.containers == {}
-    assert engine.connections == 0
+    assert not engine.connected
     assert left_over(runtime) == []
 
 
@@ -66,7 +66,7 @@ def test_eight_sandboxes_started_at_once_are_eight(
     assert len(bases) == 8
     provider.stop_all_owned()
     assert engine.containers == {}
-    assert engine.connections == 0
+    assert not engine.connected
     assert left_over(runtime) == []
 
 
@@ -122,7 +122,7 @@ def test_whatever_strikes_during_a_start_leaves_nothing(
     with pytest.raises(type(error)):
         provider.start(SETTINGS)
     assert engine.containers == {}
-    assert engine.connections == 0
+    assert not engine.connected
     assert left_over(runtime) == []
 
 
@@ -263,9 +263,9 @@ def test_a_forked_child_connects_to_the_engine_anew(provider: DockerProvider, en
     pid = os.fork()
     if pid == 0:
         try:
-            before = engine.connections
+            before = engine.times_connected
             own = provider.start(SETTINGS)
-            connected_anew = engine.connections == before + 1
+            connected_anew = engine.times_connected == before + 1
             provider.stop_all_owned()
             os._exit(0 if connected_anew and own.sandbox_id not in engine.containers else 1)
         finally:
