@@ -123,7 +123,9 @@ def _ask(lm: Any, source: Mapping[str, str], factory: InterpreterFactory, log: R
         "source: dict[str, str] -> modules: dict[str, str], optimizers: dict[str, str]", INSTRUCTIONS
     )
     with contextlib.ExitStack() as stack:
-        rlm = make_rlm(signature, watched_factory, stack, tools=[corpus.public_names], max_llm_calls=MAX_SUB_QUERIES)
+        # Named, because the threads of llm_query_batched do not see dspy.context in DSPy 3.1 and 3.2.
+        keywords = {"tools": [corpus.public_names], "max_llm_calls": MAX_SUB_QUERIES, "sub_lm": lm}
+        rlm = make_rlm(signature, watched_factory, stack, **keywords)
         stack.enter_context(dspy.context(lm=lm, callbacks=[ActionCallback(log)]))
         return rlm(source=dict(source))
 
@@ -138,6 +140,7 @@ def make_rlm(signature: Any, factory: InterpreterFactory, stack: contextlib.Exit
         return dspy.RLM(signature, interpreter_factory=factory, **keywords)
     interpreter = factory()
     stack.callback(interpreter.shutdown)
+    interpreter.start()  # DSPy 3.1 and 3.2 would start it with the first code, when the model has already replied
     return dspy.RLM(signature, interpreter=interpreter, **keywords)
 
 

@@ -71,7 +71,7 @@ class Verdict:
         right: Names that are there and true.
         missing: True names that the answer lacks.
         wrong: Names in the answer that are not such a class.
-        bad_lines: Names whose description is empty, no text, more than one line or too long.
+        bad_lines: Names whose description is empty, no text, a failed sub-query, more than one line or too long.
     """
 
     kind: str
@@ -123,4 +123,8 @@ def _real_name(name: str) -> str:
 
 
 def _is_one_line(line: Any) -> bool:
-    return isinstance(line, str) and 0 < len(line.strip()) <= MAX_LINE_CHARS and "\n" not in line.strip()
+    if not isinstance(line, str):
+        return False
+    line = line.strip()
+    # What llm_query_batched gives in place of an answer that failed.
+    return 0 < len(line) <= MAX_LINE_CHARS and "\n" not in line and not line.startswith("[ERROR]")

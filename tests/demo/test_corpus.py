@@ -36,7 +36,7 @@ def test_wrong_name_fails_and_is_named(wrong: str) -> None:
     assert verdict.precision == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("line", ["", "   ", None, 3, "two\nlines", "x" * 301])
+@pytest.mark.parametrize("line", ["", "   ", None, 3, "two\nlines", "x" * 301, "[ERROR] rate limit"])
 def test_name_without_one_good_line_fails(line: Any) -> None:
     verdict = check_modules({**RIGHT, "RLM": line})
     assert (verdict.passed, verdict.bad_lines) == (False, frozenset({"RLM"}))
