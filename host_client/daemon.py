@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from host_client.engine import connect_engine
@@ -92,7 +93,7 @@ def status(*, connect: Connect = connect_engine) -> int:
             with contextlib.suppress(ContainerNotFound):
                 rows.append(describe(engine, container, now=now))
     if not rows:
-        print("no sandbox is running\nto start one: rlm-sandbox up")
+        print(f"no sandbox is running\nto start one: {_command()} up")
         return 0
     print("\n".join(table(sorted(rows, key=lambda row: (row.started_by, row.name)))))
     return 0
@@ -142,7 +143,7 @@ def devsh(
     with _engine(connect) as engine:
         found = _lookup(engine, name)
     if found is None or found["State"] != "running":
-        _say(f"sandbox {name!r} is not running: starting it (to remove it: rlm-sandbox down {name})")
+        _say(f"sandbox {name!r} is not running: starting it (to remove it: {_command()} down {name})")
         DockerProvider(connect=connect).start(SandboxSettings.from_environment(), name=name)
     with _engine(connect) as engine:
         details = engine.inspect(_known(engine, name)["Id"])
@@ -172,10 +173,10 @@ def _say_running(name: str, connect: Connect, current_image: str) -> None:
     if row.state == "running":
         _say(f"sandbox {name!r} is already up since {row.since}, with {row.sessions} sessions")
     else:
-        _say(f"sandbox {name!r} is already there, but: {row.state}; see why: rlm-sandbox logs {name}")
+        _say(f"sandbox {name!r} is already there, but: {row.state}; see why: {_command()} logs {name}")
     if row.image != current_image:
         _say(f"it runs {row.image}; these settings and sources now give {current_image}")
-        _say(f"to renew it: rlm-sandbox down {name} && rlm-sandbox up {name}")
+        _say(f"to renew it: {_command()} down {name} && {_command()} up {name}")
 
 
 def _print_usage(name: str) -> None:
@@ -185,14 +186,24 @@ def _print_usage(name: str) -> None:
         argument = f'interpreter=SandboxInterpreter(sandbox="{name}")'
     print(
         f"""
-What to type next, in Python ({sys.executable}), once dspy.configure(lm=...) is done:
+What to type next, in Python ({_shown(Path(sys.executable))}), once dspy.configure(lm=...) is done:
 
     import dspy
     from host_client import SandboxInterpreter
     rlm = dspy.RLM("context, query -> answer", {argument})
 
-To look at it: rlm-sandbox status    To stop it: rlm-sandbox down {name}"""
+To look at it: {_command()} status    To stop it: {_command()} down {name}"""
     )
+
+
+def _command() -> str:
+    """Return how to call this command from here: the environment that holds it need not be an active one."""
+    beside = Path(sys.executable).with_name("rlm-sandbox")
+    return _shown(beside) if shutil.which("rlm-sandbox") is None and beside.exists() else "rlm-sandbox"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _dspy_version() -> tuple[int, int]:

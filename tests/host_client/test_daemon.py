@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ def up(engine: FakeEngine, name: str = "default", *, image: str = "fake:1") -> i
 
 
 @pytest.fixture(autouse=True)
-def _in_its_own_runtime_dir(runtime: RuntimeDir) -> None:
-    """Every command here works in a runtime directory of the test's own."""
+def _in_its_own_place(runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command here works in a runtime directory of the test's own, and is found on the PATH."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
 
 
 def test_up_starts_it_and_says_what_to_type_next(engine: FakeEngine, capsys: Captured) -> None:
@@ -51,6 +53,20 @@ def test_what_to_type_fits_the_installed_dspy(
     monkeypatch.setattr("importlib.metadata.version", lambda _: version)
     up(engine)
     assert argument in capsys.readouterr().out
+
+
+def test_a_command_that_is_not_on_the_path_is_named_with_its_folder(
+    engine: FakeEngine, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "rlm-sandbox").touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    up(engine)
+    printed = capsys.readouterr().out
+    assert "in Python (bin/python)" in printed
+    assert "To stop it: bin/rlm-sandbox down default" in printed
 
 
 def test_up_twice_says_that_it_runs_and_keeps_it(engine: FakeEngine, capsys: Captured) -> None:
