@@ -73,7 +73,7 @@ ENDINGS = {
         "from host_client.providers import launch\n"
         "original = launch._wait_until_healthy\n"
         "def interrupted(*args):\n"
-        "    threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()\n"
+        "    threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
         "    original(*args)\n"
         "    signal.pause()\n"
         "launch._wait_until_healthy = interrupted\n"
