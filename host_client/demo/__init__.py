@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None, *, factory: Callable[[], Any] | None
     except KeyboardInterrupt:
         screen.failure("interrupted")
         return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough; the exit must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _FAILED
     except Exception as error:  # a command ends with a sentence, not with a traceback
         text = f"{type(error).__name__}: {error}"
         screen.failure(text if model is None else model.redact(text))

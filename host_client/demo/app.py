@@ -95,8 +95,8 @@ def _opening(plan: Plan, source: Mapping[str, str], version: str) -> Opening:
     if plan.model is not None:
         model = f"{plan.model.model}, with the key in {plan.model.found_in}"
     else:
-        pauses = f", pausing {ACTION_THINK_S} s per reply so that you can follow" if plan.think else ""
-        model = f"scripted (no API key was found): real HTTP on loopback, real dspy.LM{pauses}"
+        pauses = f"; it pauses {ACTION_THINK_S} s per reply so that you can follow" if plan.think else ""
+        model = f"scripted, so no API key is needed: real dspy.LM, real HTTP on loopback{pauses}"
     return Opening(
         question=QUESTION,
         source=f"DSPy {version}, as installed: {len(source)} files, {size / 1e6:.1f} million characters",

@@ -134,10 +134,12 @@ class RichScreen(Screen):
         self._console.print(Rule(Text(" checked against the package itself ", style="bold"), style="dim", align="left"))
         for verdict in ending.verdicts:
             mark = ("  ✓ ", "bold green") if verdict.passed else ("  ✗ ", "bold red")
-            self._console.print(Text.assemble(mark, verdict_text(verdict)))
+            row = Table.grid()
+            row.add_row(Text.assemble(mark), Text(verdict_text(verdict)))
+            self._console.print(row)
         self._console.print()
         for text in ending.totals():
-            self._console.print(Text(f"  {text}", style="dim"))
+            self._console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
         self._console.print(Text.assemble(("  trajectory ", "dim"), str(ending.trajectory)), soft_wrap=True)
 
     def failure(self, text: str) -> None:
