@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from host_client.errors import EngineUnavailable
+from host_client.errors import EngineUnavailable, SetupError
 from host_client.machine import Machine, Progress, apt_install, failure, tail
 from host_client.providers.docker_engine import DEFAULT_SOCKET, DockerEngine, engine_url
 
@@ -91,6 +91,10 @@ class _Starter:
         if self._machine.which("dockerd") is None:
             self._progress(f"no Docker engine here: installing {' and '.join(ENGINE_PACKAGES)} with apt-get (a minute)")
             apt_install(self._machine, ENGINE_PACKAGES)
+            # Newer releases keep the command in a package of its own. Only `devsh` needs it: a failure is not one of ours.
+            with contextlib.suppress(SetupError):
+                if self._machine.which("docker") is None:
+                    apt_install(self._machine, ("docker-cli",))
         else:
             self._progress("the Docker engine does not run: starting it")
         return self._by_service() or self._by_hand()

@@ -135,6 +135,11 @@ def test_root_on_debian_gets_an_engine_installed_and_started_and_is_told_before(
     assert "installing docker.io" in said[0]
 
 
+def test_a_release_without_a_package_for_the_command_gets_its_engine_all_the_same() -> None:
+    machine = FakeMachine(status=lambda argv: 100 if "docker-cli" in argv else 0)
+    assert ensure(machine, lambda: bool(machine.daemons)) is ENGINE
+
+
 def test_an_installed_engine_is_only_started() -> None:
     machine = FakeMachine(programs=["dockerd", "systemctl"], systemd=True)
     ensure(machine, lambda: bool(machine.ran))
