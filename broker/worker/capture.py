@@ -15,7 +15,7 @@ from typing import Any
 
 from broker.worker.current import Current
 
-_STDOUT, _STDERR = 1, 2
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 _buffered_write = io.BufferedWriter.write
 
 
@@ -53,6 +53,14 @@ class _Stream(io.TextIOWrapper):
         )
         self._fd = fd
         self.mode = "w"  # type: ignore[misc]
+        self._own_attributes = len(vars(self)) + 1
+
+    def is_intact(self, buffer: _Buffer) -> bool:
+        """Tell whether nobody detached the buffer, closed its file or set attributes such as ``write``."""
+        try:
+            return self.buffer is buffer and not buffer.raw.closed and len(vars(self)) == self._own_attributes
+        except ValueError:  # detached
+            return False
 
     def fileno(self) -> int:
         return self._fd
@@ -66,52 +74,58 @@ class Capture:
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._stdin = sys.stdin
         self._build()
-        self.discard()
+        self.end()
 
     def begin(self, fd: int | None) -> None:
-        """Lead output into ``fd`` (closed here), and put the streams back that generated code replaced or broke."""
+        """Lead output into ``fd``, which is closed here."""
         fd = os.dup(self._null) if fd is None else fd
         os.dup2(fd, _STDOUT)
         os.dup2(fd, _STDERR)
-        if fd not in (_STDOUT, _STDERR):
+        if fd in (_STDOUT, _STDERR):
+            os.set_inheritable(fd, True)
+        else:
             os.close(fd)
-        if not self._intact():
-            self._build()
-        sys.stdout, sys.stderr = self._stdout, self._stderr
-        self._restore_stdin()
+        if fd == _STDIN:  # so that one had been closed
+            os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)
+        self._restore()
 
     def end(self) -> None:
-        """Write out what the streams hold and let go of the pipe."""
-        self.flush()
-        self.discard()
-
-    def flush(self) -> None:
-        """Write out what the streams hold, also those that generated code put in their place."""
-        for stream in {id(s): s for s in (sys.stdout, sys.stderr) if s not in (self._stdout, self._stderr)}.values():
-            with contextlib.suppress(Exception):
-                stream.flush()
-        try:
-            self._buffer.flush()
-        except Exception:  # closed descriptor, broken pipe, full device
-            self._buffer.abandon()
-            self._build()
-
-    def discard(self) -> None:
-        """Lead output to nowhere."""
+        """Write out what the streams hold, let go of the pipe, and put back streams that were replaced."""
+        written = self.flush()
         os.dup2(self._null, _STDOUT)
         os.dup2(self._null, _STDERR)
+        if not written:
+            self._buffer.abandon()
+            self._build()
+        self._restore()
+
+    def flush(self) -> bool:
+        """Write out what the streams hold, also those that generated code put in their place.
+
+        Returns:
+            Whether it worked: the descriptors may be closed, or lead to something full or broken.
+        """
+        for stream in (getattr(sys, "stdout", None), getattr(sys, "stderr", None)):
+            if stream is not self._stdout and stream is not self._stderr and stream is not None:
+                with contextlib.suppress(Exception):
+                    stream.flush()
+        try:
+            self._buffer.flush()
+        except Exception:
+            return False
+        return True
 
     def _build(self) -> None:
         self._buffer = _Buffer(self._current)
         self._stdout, self._stderr = _Stream(self._buffer, _STDOUT), _Stream(self._buffer, _STDERR)
-        sys.stdout = sys.__stdout__ = self._stdout  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = self._stderr  # type: ignore[misc]
+        sys.__stdout__, sys.__stderr__ = self._stdout, self._stderr  # type: ignore[misc]
 
-    def _intact(self) -> bool:
-        try:
-            return self._stdout.buffer is self._buffer and self._stderr.buffer is self._buffer
-        except ValueError:  # detached
-            return False
+    def _restore(self) -> None:
+        if not (self._stdout.is_intact(self._buffer) and self._stderr.is_intact(self._buffer)):
+            self._buffer.abandon()
+            self._build()
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        self._restore_stdin()
 
     def _restore_stdin(self) -> None:
         stdin: Any = self._stdin

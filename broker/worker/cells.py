@@ -40,8 +40,8 @@ class Cell:
     @property
     def is_async(self) -> bool:
         """Whether it must run on an event loop."""
-        parts = (self.body, self.last)
-        return any(part is not None and part.co_flags & inspect.CO_COROUTINE for part in parts)
+        body, last = self.body, self.last
+        return bool((body and body.co_flags & inspect.CO_COROUTINE) or (last and last.co_flags & inspect.CO_COROUTINE))
 
 
 def is_generated(code: types.CodeType) -> bool:

@@ -11,14 +11,20 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from broker.protocol import frames
+from broker.protocol import frames, limits
 from broker.protocol.frames import Blob
 
 # One read fetches a whole ordinary frame.
 _READ_BYTES = 64 << 10
 _FD_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_FD_BYTES)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 # Pieces up to this are joined into one write; larger ones are not worth the copy.
 _JOIN_BYTES = 64 << 10
+
+
+class FrameTooLarge(ValueError):
+    """The broker would refuse the frame and end the session."""
 
 
 class Channel:
@@ -47,10 +53,14 @@ class Channel:
         """Send one frame.
 
         Raises:
+            FrameTooLarge: Larger than the broker reads; nothing was sent.
             OSError: The broker is gone.
         """
         pieces = frames.dump_frame(header, blobs)
-        if len(pieces) > 1 and sum(map(len, pieces)) <= _JOIN_BYTES:
+        size = sum(map(len, pieces))
+        if size > limits.MAX_TOOL_CALL_BYTES or len(pieces[0]) > limits.MAX_HEADER_BYTES:
+            raise FrameTooLarge(f"a frame of {size:,} bytes")
+        if len(pieces) > 1 and size <= _JOIN_BYTES:
             pieces = [b"".join(pieces)]
         for piece in pieces:
             self._sock.sendall(piece)
@@ -70,7 +80,7 @@ class Channel:
         return self._read_exactly(size)
 
     def _read_some(self) -> bytes:
-        data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(array.array("i", payload[: len(payload) // _FD_BYTES * _FD_BYTES]))

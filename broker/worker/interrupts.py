@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import types
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from broker.worker.current import Current, Execution
 from broker.worker.unwinding import ExecutionSubmitted, Unwinding, is_below
 
 T = TypeVar("T")
+
+# The functions of ``signal`` turn everything into enums, which costs more than the system calls.
+_signal: Any = importlib.import_module("_signal")
+_SIGINT, _SIG_UNBLOCK = int(signal.SIGINT), int(signal.SIG_UNBLOCK)
+_SIGINT_ONLY = (_SIGINT,)
 
 
 def interruptible(function: Callable[..., T], *args: Any) -> T:
@@ -35,9 +41,9 @@ class Interrupts:
 
     def restore(self) -> None:
         """Install the handler unless it is there, and unblock the signal."""
-        if signal.getsignal(signal.SIGINT) != self._handle:
+        if _signal.getsignal(_SIGINT) != self._handle:
             signal.signal(signal.SIGINT, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+        _signal.pthread_sigmask(_SIG_UNBLOCK, _SIGINT_ONLY)
 
     def _handle(self, signum: int, frame: types.FrameType | None) -> None:
         execution = self._current.execution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from broker.protocol.frames import Blob
 from broker.protocol.messages import OutputField, ToolDefinition
 from broker.worker.capture import Capture
-from broker.worker.channel import Channel
+from broker.worker.channel import Channel, FrameTooLarge
 from broker.worker.current import Current, Execution
 from broker.worker.guest_http import GuestPlane
 from broker.worker.interrupts import Interrupts
@@ -97,7 +98,10 @@ class Worker:
             "display": ending.display,
             "error": None if ending.error is None else ending.error.to_json(),
         }
-        self._channel.send(header, ending.blobs)
+        try:
+            self._channel.send(header, ending.blobs)
+        except FrameTooLarge:  # a giant value: its text will do
+            self._channel.send({**header, "value": ending.display})
 
     def _cut_off(self) -> None:
         """SUBMIT holds: what is printed from now on goes nowhere, and nobody waits for a tool."""
@@ -119,6 +123,8 @@ class Worker:
 
     @staticmethod
     def _look_like_a_script() -> None:
+        # As Python sets it: writing to a pipe without a reader is an error, not the end of the session.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         sys.argv = [""]
         if "" not in sys.path:
             sys.path.insert(0, "")

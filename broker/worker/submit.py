@@ -18,6 +18,7 @@ from broker.worker.display import safe_str, type_name
 from broker.worker.signatures import make_check, make_signature
 from broker.worker.unwinding import ExecutionSubmitted, Unwinding, signal_main_thread
 
+_FRAME_MARGIN_BYTES = 64 << 10
 _DOC = "End this execution and hand over the final output{fields}. Nothing after this call runs."
 
 
@@ -114,9 +115,11 @@ class Submit:
             raise TypeError(str(error)) from None
         except Exception as error:
             raise TypeError(f"SUBMIT() failed to read a value: {type_name(type(error))}: {safe_str(error)}") from error
-        size = len(json.dumps(value))
-        if size > limits.MAX_HEADER_BYTES - (1 << 20) or sum(map(len, encoder.blobs)) > limits.MAX_FRAME_BYTES - size:
-            raise TypeError(f"SUBMIT() was given more than fits in one message ({size:,} bytes of JSON)")
+        # With room for the rest of the frame: a frame that the broker refuses would end the session.
+        head = len(json.dumps(value)) + _FRAME_MARGIN_BYTES
+        size = head + sum(map(len, encoder.blobs))
+        if head > limits.MAX_HEADER_BYTES or size > limits.MAX_TOOL_CALL_BYTES:
+            raise TypeError(f"SUBMIT() was given {size:,} bytes; at most {limits.MAX_TOOL_CALL_BYTES:,} can be sent")
         return Submission(value, encoder.blobs)
 
 

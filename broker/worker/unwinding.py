@@ -57,11 +57,13 @@ class Unwinding:
 
     def start(self, frame: types.FrameType) -> None:
         """Begin, with ``frame`` the innermost one; the caller raises the exception the first time."""
+        outermost = _outermost_generated(frame)
+        if outermost is None or (outermost is frame and _catches_nothing(frame.f_code)):
+            return
         if self._hooks_before is None:
             self._hooks_before = sys.gettrace(), sys.getprofile()
-        if _outermost_generated(frame) is not None:
-            self._arm(frame)
-            sys.setprofile(self._profile)
+        self._arm(frame)
+        sys.setprofile(self._profile)
 
     def remind(self, frame: types.FrameType) -> bool:
         """Arm again after a reminder, and tell whether to raise in ``frame`` now (libraries get some time)."""
@@ -151,6 +153,11 @@ def _outermost_generated(frame: types.FrameType | None) -> types.FrameType | Non
             found = frame
         frame = frame.f_back
     return found
+
+
+def _catches_nothing(code: types.CodeType) -> bool:
+    """Tell whether a function has no ``try`` and no ``with`` at all (unknown before Python 3.11)."""
+    return getattr(code, "co_exceptiontable", None) == b""
 
 
 def _leaves_with_block(frame: types.FrameType) -> bool:
