@@ -124,10 +124,9 @@ class Encoder:
         if all(type(key) is str and not key.startswith("$") for key in mapping):
             return {k: self._encode(v, f"{path}[{k!r}]", depth + 1, parents) for k, v in mapping.items()}
         pairs = []
-        # A key stays what it is, also where tuples and sets become lists: a list cannot be a key.
-        keys = Encoder(keeper=self.keeper, blobs=self.blobs) if self.listify else self
+        pairs = []
         for key, item in mapping.items():
-            encoded_key = keys._encode(key, f"{path} key {key!r:.40}", depth + 1, parents)
+            encoded_key = self._hashable(key, f"{path} key {key!r:.40}", depth + 1, parents)
             pairs.append([encoded_key, self._encode(item, f"{path}[{key!r:.40}]", depth + 1, parents)])
         return {"$map": pairs}
 
@@ -152,10 +151,20 @@ class Encoder:
 
     def _collection(self, value: Any, path: str, depth: int, parents: tuple[int, ...]) -> Any:
         ordered = value if isinstance(value, tuple) else _stable_order(value)
-        items = self._items(ordered, path, depth, parents)
         if self.listify:
-            return items
-        return {f"${'tuple' if isinstance(value, tuple) else type(value).__name__}": items}
+            return self._items(ordered, path, depth, parents)
+        if isinstance(value, tuple):
+            return {"$tuple": self._items(ordered, path, depth, parents)}
+        members = [self._hashable(item, f"{path} member {item!r:.40}", depth + 1, parents) for item in ordered]
+        return {"$frozenset" if isinstance(value, frozenset) else "$set": members}
+
+    def _hashable(self, value: Any, path: str, depth: int, parents: tuple[int, ...]) -> Any:
+        """Encode a key or a member of a set: it must arrive hashable, so a tuple stays one even where lists are sent."""
+        exact = Encoder(keeper=self.keeper, blobs=self.blobs) if self.listify else self
+        encoded = exact._encode(_plain_tuple(value), path, depth, parents)
+        if _arrives_unhashable(encoded):
+            raise ValueNotSendable(f"{path}: a {type(value).__qualname__} cannot be a key or a member of a set there")
+        return encoded
 
     def _foreign(self, value: Any, path: str, depth: int, parents: tuple[int, ...]) -> Any:
         """Types of packages that may or may not be installed: recognised without importing them."""
@@ -222,6 +231,21 @@ def _stable_order(values: set[Any] | frozenset[Any]) -> list[Any]:
         return list(values)
 
 
+def _plain_tuple(value: Any) -> Any:
+    return tuple(map(_plain_tuple, value)) if isinstance(value, tuple) else value
+
+
+def _arrives_unhashable(encoded: Any) -> bool:
+    if isinstance(encoded, list):
+        return True
+    if not isinstance(encoded, dict):
+        return False
+    for tag in ("$tuple", "$frozenset"):
+        if tag in encoded:
+            return any(map(_arrives_unhashable, encoded[tag]))
+    return len(encoded) != 1 or next(iter(encoded)) not in (*_SCALARS, "$blob", "$ref")
+
+
 def _without_subclass(value: Any) -> Any:
     """The builtin behind a subclass such as ``defaultdict`` or an ``IntEnum`` member's int."""
     if isinstance(value, str):
@@ -236,8 +260,10 @@ def _without_subclass(value: Any) -> Any:
 def _plain_standard(value: Any) -> Any:
     """Tag a value of the standard library that has one spelling as text; None if it is no such value."""
     if isinstance(value, datetime.datetime):
-        if type(value) is not datetime.datetime and value != value:  # pandas.NaT
+        if value != value:  # pandas.NaT
             return {"$float": "nan"}
+        if hasattr(value, "to_pydatetime"):  # pandas.Timestamp: its nanoseconds have no place in a datetime
+            value = value.to_pydatetime(warn=False)
         return {"$datetime": value.isoformat()}
     if isinstance(value, datetime.date):
         return {"$date": value.isoformat()}

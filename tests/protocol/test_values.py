@@ -168,6 +168,30 @@ def test_what_cannot_travel_is_refused_with_the_path_to_it(value: Any, path: str
     assert str(caught.value).startswith(path + ":")
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenPoint:
+    x: int
+
+
+def test_named_tuples_as_keys_and_members_arrive_as_tuples() -> None:
+    assert round_trip({Pair(1, 2): "a"}) == {(1, 2): "a"}
+    assert round_trip({Pair(1, Pair(2, 3))}) == {(1, (2, 3))}
+    assert round_trip({(1, 2): {3}}, listify=True) == {(1, 2): [3]}
+
+
+@pytest.mark.parametrize("value", [{FrozenPoint(1): "a"}, {FrozenPoint(1)}, {(1, FrozenPoint(2)): 3}], ids=repr)
+def test_a_key_or_member_that_would_arrive_unhashable_is_refused_with_its_path(value: Any) -> None:
+    with pytest.raises(ValueNotSendable, match=r"^points (key|member) .*FrozenPoint"):
+        Encoder().encode(value, "points")
+
+
+def test_pandas_timestamps_arrive_as_datetimes() -> None:
+    pandas = pytest.importorskip("pandas")
+    stamp = pandas.Timestamp("2026-01-02 03:04:05.123456789")
+    assert round_trip(stamp) == datetime.datetime(2026, 1, 2, 3, 4, 5, 123456)
+    assert math.isnan(round_trip(pandas.NaT))
+
+
 def test_a_value_that_contains_itself_is_refused() -> None:
     loop: list[Any] = []
     loop.append({"again": loop})
