@@ -91,7 +91,7 @@ class _Starter:
         if self._machine.which("dockerd") is None:
             self._progress(f"no Docker engine here: installing {' and '.join(ENGINE_PACKAGES)} with apt-get (a minute)")
             apt_install(self._machine, ENGINE_PACKAGES)
-            # Newer releases keep the command in a package of its own. Only `devsh` needs it: a failure is not one of ours.
+            # Newer releases keep the command in a package of its own; only `devsh` needs it, so it may fail.
             with contextlib.suppress(SetupError):
                 if self._machine.which("docker") is None:
                     apt_install(self._machine, ("docker-cli",))
