@@ -49,9 +49,12 @@ def read_body(request: Request, *, max_bytes: int = limits.MAX_FRAME_BYTES) -> t
         BadRequest: Truncated, or neither a JSON object nor a frame.
     """
     length = body_length(request, max_bytes)
-    data: bytes = request.environ["wsgi.input"].read(length)
+    try:
+        data: bytes = request.environ["wsgi.input"].read(length)
+    except OSError:  # pywsgi's way to say that the client went away
+        data = b""
     if len(data) != length:
-        raise BadRequest(f"the body ended after {len(data)} of {length} bytes")
+        raise BadRequest(f"the body ended before its {length} bytes had come")
     try:
         if request.environ.get("CONTENT_TYPE") == FRAME_CONTENT_TYPE:
             header, blobs = load_frame(data, max_bytes=max_bytes)
