@@ -308,7 +308,8 @@ class SandboxInterpreter:
                     self._session, self._finalizer = opened, finalizer
             if stopped:
                 finalizer()
-                self._check_usable()
+                lost = SessionLost("the interpreter was shut down while it started", reason="shutdown")
+                raise self._dspy.terminal(lost)
             return opened
 
     def _check_usable(self) -> None:

@@ -121,6 +121,11 @@ class _Running:
     result: ExecutionResult | None = None
     blobs: Sequence[Blob] = ()
 
+    @property
+    def going_on(self) -> bool:
+        """Whether it may still come to a result."""
+        return self.result is None and self.session.lost is None
+
 
 class ScriptedBroker:
     r"""A ``BrokerClient`` and a ``SandboxProvider`` in one object, without Docker, process or socket.
@@ -330,7 +335,7 @@ class ScriptedBroker:
     def _end(self, execution_id: str, result: ExecutionResult, blobs: Sequence[Blob] = ()) -> None:
         with self._changed:
             running = self._running.get(execution_id)
-            if running is not None and running.result is None:
+            if running is not None and running.result is None and running.session.lost is None:
                 running.result, running.blobs = result, blobs
                 running.session.running = None
                 running.session.lost = running.session.lost or result.session_lost
@@ -354,10 +359,10 @@ class ScriptedBroker:
             running.answers[call_id] = None
             running.queued.append((claim, encoder.blobs))
             self._changed.notify_all()
-            while (answer := running.answers[call_id]) is None:
-                if running.result is not None or running.session.lost is not None:
-                    raise _Stopped
+            while (answer := running.answers[call_id]) is None and running.going_on:
                 self._changed.wait()
+            if answer is None or not running.going_on:
+                raise _Stopped
         result, value = answer
         if result.error is not None:
             raise ScriptedToolError(result.error)
