@@ -9,7 +9,6 @@ import os
 import socket
 import stat
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +112,12 @@ def raw(path: Path, data: bytes) -> bytes:
             while piece := sock.recv(65536):
                 answer += piece
     return answer
+
+
+def settle(box: InProcessBroker) -> None:
+    """Return once a request sent before is being waited on: the broker has been through its loop a few times."""
+    for _ in range(5):
+        box.host.request("GET", "/v1/health")
 
 
 def test_health_names_protocol_and_sandbox(box: InProcessBroker) -> None:
@@ -272,14 +277,14 @@ def test_a_worker_that_dies_ends_the_execution_at_once(client: Client) -> None:
 
 def test_closing_a_session_answers_whoever_waits(box: InProcessBroker) -> None:
     client = Client.open(box)
-    waiting: list[Any] = []
     progress = client.run("block", wait_s=0)
-    path = f"/v1/executions/{progress.execution_id}?wait_s=25"
-    thread = threading.Thread(target=lambda: waiting.append(box.host.request("GET", path)))
-    thread.start()
-    assert client.close() == 200
-    thread.join(20)
-    assert waiting[0][1]["result"]["session_lost"] == "shutdown"
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.settimeout(20)
+        waiting.connect(str(box.host_socket))
+        waiting.sendall(f"GET /v1/executions/{progress.execution_id}?wait_s=25 HTTP/1.1\r\n\r\n".encode())
+        settle(box)
+        assert client.close() == 200
+        assert b'"session_lost":"shutdown"' in waiting.recv(65536)
     assert client.close() == 404
 
 
@@ -427,7 +432,7 @@ def test_a_host_that_hung_up_while_it_waited_gets_no_calls(client: Client) -> No
         sock.connect(str(client.box.host_socket))
         path = f"/v1/sessions/{client.session_id}/claims".encode()
         sock.sendall(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (path, len(body), body))
-        client.box.host.request("GET", "/v1/health")  # by now the poll waits
+        settle(client.box)
     request = {"key": "k", "execution_id": progress.execution_id, "tool": "search", "wait_s": 0}
     client.box.guest.request("POST", "/v1/tool-calls", request)
     _, reply, _ = client.claims(wait_s=20, execution_id=progress.execution_id)
