@@ -133,13 +133,13 @@ class Repl:
         return None if cell.last is None else value
 
     def _ending_of(self, execution: Execution, error: BaseException) -> Ending:
-        interrupted = execution.interrupts > 0
         try:
             info = interruptible(describe, error)
         except BaseException as second:
             self._restore_hooks(execution)
-            info = ErrorInfo(type=type_name(type(error)), message=f"could not be read: {type_name(type(second))}")
-        if interrupted:
+            message = f"its text could not be read: {type_name(type(second))}"
+            info = ErrorInfo(type=type_name(type(error)), message=message)
+        if execution.interrupts:
             return Ending(Outcome.INTERRUPTED, error=dataclasses.replace(info, message=info.message or "interrupted"))
         if isinstance(error, SystemExit):
             message = f"exit({info.message}) does not end the session; call SUBMIT(...) to hand over the result"

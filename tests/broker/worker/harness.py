@@ -27,15 +27,20 @@ ROOT = Path(__file__).resolve().parents[3]
 # Far above what anything here takes; a test that waits so long has failed.
 PATIENCE_S = 30.0
 
+# As the supervisor does it: no interpreter exit after run(), so that leftover threads hold nothing up.
 _CHILD = """
-import socket, sys
+import os, socket, sys
 try:
     import coverage
-    coverage.process_startup()
+    measured = coverage.process_startup()
 except ImportError:
-    pass
+    measured = None
 from broker.worker.main import run
 run(socket.socket(fileno=int(sys.argv[1])), guest_socket=sys.argv[2])
+if measured is not None:
+    measured.stop()
+    measured.save()
+os._exit(0)
 """
 
 

@@ -128,7 +128,9 @@ while True:
 
 
 def test_code_that_handles_the_interrupt_can_finish(worker: WorkerProcess) -> None:
-    running = worker.begin("try:\n    print('started')\n    while True: pass\nexcept KeyboardInterrupt:\n    pass\n'partial result'")
+    running = worker.begin(
+        "try:\n    print('started')\n    while True: pass\nexcept KeyboardInterrupt:\n    pass\n'partial result'"
+    )
     running.wait_for("started")
     worker.interrupt()
     result = running.result()
@@ -153,11 +155,15 @@ def test_next_execution_can_be_interrupted_although_code_ignored_the_signal(work
 
 def test_tasks_of_an_interrupted_await_are_gone(worker: WorkerProcess) -> None:
     code = "import asyncio\nseen = []\nasync def ticker():\n    while True:\n        await asyncio.sleep(0)\n        seen.append(1)\n"
-    running = worker.begin(code + "task = asyncio.create_task(ticker())\nprint('started')\nawait asyncio.Event().wait()")
+    running = worker.begin(
+        code + "task = asyncio.create_task(ticker())\nprint('started')\nawait asyncio.Event().wait()"
+    )
     running.wait_for("started")
     worker.interrupt()
     assert running.result().outcome == "interrupted"
-    assert worker.execute("n = len(seen)\nfor _ in range(10): await asyncio.sleep(0)\nlen(seen) == n, task.cancelled()").value == [True, True]
+    assert worker.execute(
+        "n = len(seen)\nfor _ in range(10): await asyncio.sleep(0)\nlen(seen) == n, task.cancelled()"
+    ).value == [True, True]
 
 
 def test_task_that_refuses_to_be_cancelled_does_not_hold_up_the_interrupt(worker: WorkerProcess) -> None:

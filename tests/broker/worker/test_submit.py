@@ -29,7 +29,8 @@ def type_error(result: Result) -> str:
 
 
 @pytest.mark.parametrize(
-    "call", ["SUBMIT('a', 0.5)", "SUBMIT(answer='a', score=0.5)", "SUBMIT('a', score=0.5)", "SUBMIT(score=0.5, answer='a')"]
+    "call",
+    ["SUBMIT('a', 0.5)", "SUBMIT(answer='a', score=0.5)", "SUBMIT('a', score=0.5)", "SUBMIT(score=0.5, answer='a')"],
 )
 def test_fields_go_by_position_and_by_name(worker: WorkerProcess, call: str) -> None:
     assert submitted(worker.execute(call, output_fields=FIELDS)) == {"answer": "a", "score": 0.5}
@@ -81,7 +82,9 @@ def test_types_are_checked_only_where_they_are_surely_wrong(
 def test_numpy_values_fit_the_types_they_stand_for(worker: WorkerProcess) -> None:
     fields = [{"name": n, "type": n} for n in ("int", "float", "bool", "list")]
     code = "import numpy as np\nSUBMIT(np.int64(3), np.float32(0.5), np.bool_(True), np.arange(3))"
-    value = submitted(worker.execute(code.replace("int64", "int32"), output_fields=[{**f, "name": f"f_{f['name']}"} for f in fields]))
+    value = submitted(
+        worker.execute(code.replace("int64", "int32"), output_fields=[{**f, "name": f"f_{f['name']}"} for f in fields])
+    )
     assert value == {"f_int": 3, "f_float": 0.5, "f_bool": True, "f_list": [0, 1, 2]}
 
 
@@ -112,7 +115,9 @@ def test_signature_and_help_show_the_fields(worker: WorkerProcess) -> None:
 
 
 def test_value_that_cannot_be_sent_is_named_by_its_path_and_can_be_corrected(worker: WorkerProcess) -> None:
-    code = "try:\n    SUBMIT({'rows': [1, object()]}, 1)\nexcept TypeError as e:\n    print(e)\n    SUBMIT('corrected', 2)"
+    code = (
+        "try:\n    SUBMIT({'rows': [1, object()]}, 1)\nexcept TypeError as e:\n    print(e)\n    SUBMIT('corrected', 2)"
+    )
     result = worker.execute(code, output_fields=[{"name": "answer"}, {"name": "score"}])
     assert "SUBMIT() field 'answer'['rows'][1]: a value of type builtins.object" in result.output
     assert submitted(result) == {"answer": "corrected", "score": 2}
@@ -172,7 +177,9 @@ STUBBORN = {
 
 @pytest.mark.parametrize("code", STUBBORN.values(), ids=list(STUBBORN))
 def test_submit_ends_the_execution_at_once_inside_anything(worker: WorkerProcess, code: str) -> None:
-    worker.execute("kept = 5\ndef keep_trying(f):\n    while True:\n        try:\n            return f()\n        except BaseException:\n            print('LATE')")
+    worker.execute(
+        "kept = 5\ndef keep_trying(f):\n    while True:\n        try:\n            return f()\n        except BaseException:\n            print('LATE')"
+    )
     result = worker.execute("print('before')\n" + code)
     assert submitted(result) == {"output": 1 if "range(3)" not in code else 0}
     assert result.output == "before\n"

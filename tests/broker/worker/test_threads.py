@@ -62,7 +62,9 @@ def test_threads_of_the_running_execution_print_and_call_tools(worker: WorkerPro
 
 def test_pool_kept_over_executions_works_for_whoever_submits(worker: WorkerProcess, plane: GuestPlane) -> None:
     plane.tools["probe"] = lambda n: n * 10
-    code = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\nlist(pool.map(probe, [1, 2]))"
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\nlist(pool.map(probe, [1, 2]))"
+    )
     assert worker.execute(code, tools=[tool("probe", "n")]).value == [10, 20]
     result = worker.execute("list(pool.map(lambda n: (print(n), probe(n))[1], [3]))")
     assert (result.value, result.output) == ([30], "3\n")
@@ -75,7 +77,9 @@ def test_to_thread_works_in_execution_after_execution(worker: WorkerProcess, pla
         assert worker.execute(code, tools=[tool("probe")]).value == ["called"] * 20
 
 
-def test_thread_that_waits_for_a_tool_is_let_go_when_its_execution_ends(worker: WorkerProcess, plane: GuestPlane) -> None:
+def test_thread_that_waits_for_a_tool_is_let_go_when_its_execution_ends(
+    worker: WorkerProcess, plane: GuestPlane
+) -> None:
     hold = threading.Event()
     plane.answers["slow"] = lambda r: (hold.wait(), {"call_id": "c", "state": "done", "value": 1, "error": None})[1]
     code = """
@@ -98,7 +102,9 @@ begun()
 
 
 def test_task_left_pending_goes_on_when_a_later_execution_awaits_it(worker: WorkerProcess) -> None:
-    worker.execute("import asyncio\ngo = asyncio.Event()\nasync def f():\n    await go.wait()\n    return 'finished'\ntask = asyncio.create_task(f()); await asyncio.sleep(0)")
+    worker.execute(
+        "import asyncio\ngo = asyncio.Event()\nasync def f():\n    await go.wait()\n    return 'finished'\ntask = asyncio.create_task(f()); await asyncio.sleep(0)"
+    )
     assert worker.execute("go.set()\nawait task").value == "finished"
 
 
