@@ -67,8 +67,11 @@ def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str
             "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (package_folder, config.broker_site))),
         }
-        command = [sys.executable, "-s", "-m", "broker", raw_config, str(link.fileno())]
+        command = [sys.executable, "-s", "-S", "-m", "broker", raw_config, str(link.fileno())]
         os.execve(command[0], command, environment)  # noqa: S606
+    except OSError as error:
+        sys.stderr.write(f"the broker could not be started: {error}\n")
+        sys.stderr.flush()
     finally:
         os._exit(71)
 

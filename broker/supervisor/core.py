@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import select
 import selectors
 import signal
 import socket
@@ -214,6 +215,7 @@ class Supervisor:
             self._sweeper.kill(slot, pid)
         if os.getpid() == 1:
             return
+        self._wait_for_children(time.monotonic() + STOP_LIMIT_S)
         for slot in self._last_pids:
             cleaner = os.fork()
             if cleaner == 0:
@@ -222,6 +224,16 @@ class Supervisor:
                 finally:
                     os._exit(0)
             os.waitpid(cleaner, 0)
+
+    def _wait_for_children(self, give_up_at: float) -> None:
+        while time.monotonic() < give_up_at:
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)  # before the look, so that no SIGCHLD after it is missed
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    select.select([self._woken], [], [], max(0.0, give_up_at - time.monotonic()))
+            except ChildProcessError:
+                return
 
     def _tell(self, message: dict[str, Any], fd: int | None = None) -> None:
         with contextlib.suppress(OSError):  # a broker that is gone is noticed by its end
