@@ -202,13 +202,17 @@ def canned_reply(error: BrokerError) -> bytes:
 
 
 def _listen(path: str, mode: int) -> Any:
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
+    """Return a listening socket; it appears under ``path`` only once a connect to it succeeds."""
+    unborn = f"{path}.new"
+    for stale in (unborn, path):
+        try:
+            if stat.S_ISSOCK(os.lstat(stale).st_mode):
+                os.unlink(stale)
+        except FileNotFoundError:
+            pass
     listener = gevent_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    os.chmod(path, mode)
+    listener.bind(unborn)
+    os.chmod(unborn, mode)
     listener.listen(_BACKLOG)
+    os.rename(unborn, path)
     return listener
