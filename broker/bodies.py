@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from broker.protocol.frames import (
     Blob,
     FrameError,
     dump_frame,
+    dump_json,
     load_frame,
     parse_json_object,
 )
@@ -76,7 +76,7 @@ def read_optional_body(request: Request) -> JsonObject:
 def reply(payload: JsonObject, blobs: Sequence[Blob] = (), *, status: int = 200) -> Response:
     """Return a reply: plain JSON, or a frame where there are blobs."""
     if not blobs:
-        data = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode("ascii")
+        data = dump_json(payload)
         return _response([data], len(data), JSON_CONTENT_TYPE, status)
     pieces: Sequence[Blob] = dump_frame(payload, blobs)
     size = sum(len(piece) for piece in pieces)

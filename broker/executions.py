@@ -29,6 +29,7 @@ class Execution:
         kill_at: Clock time at which the session is killed unless the execution has ended.
         result: Set at its end, together with ``blobs``.
         blobs: Raw parts of the result's value.
+        size: Bytes held for its reply, roughly; counted at its end.
     """
 
     execution_id: str
@@ -40,6 +41,7 @@ class Execution:
     kill_at: float | None = None
     result: ExecutionResult | None = None
     blobs: Sequence[Blob] = ()
+    size: int = 0
 
     @property
     def running(self) -> bool:
@@ -50,12 +52,6 @@ class Execution:
     def accepts_calls(self) -> bool:
         """Whether its code may still call tools."""
         return self.result is None and self.cause is None
-
-    @property
-    def size(self) -> int:
-        """Bytes held for its reply, roughly."""
-        output = 0 if self.result is None else len(self.result.output)
-        return output + sum(len(blob) for blob in self.blobs)
 
     @classmethod
     def of(cls, request: ExecuteRequest, started_at: float, stopwatch: Stopwatch) -> Execution:
@@ -74,6 +70,7 @@ class ExecutionStore:
 
     def __init__(self) -> None:
         self._all: OrderedDict[str, Execution] = OrderedDict()
+        self._held_bytes = 0
 
     def __iter__(self) -> Iterator[Execution]:
         return iter(self._all.values())
@@ -87,12 +84,23 @@ class ExecutionStore:
         return next(reversed(self._all.values()), None)
 
     def add(self, execution: Execution) -> None:
-        """Store a new one, and forget the oldest beyond the limits."""
+        """Store a new one."""
         self._all[execution.execution_id] = execution
-        held = sum(stored.size for stored in self._all.values())
-        while len(self._all) > 1 and (len(self._all) > limits.STORED_EXECUTIONS or held > STORED_REPLY_BYTES):
+        self._forget_oldest()
+
+    def ended(self, execution: Execution, result: ExecutionResult, blobs: Sequence[Blob]) -> None:
+        """Store the result of one."""
+        execution.result, execution.blobs = result, blobs
+        execution.size = len(result.output) + sum(map(len, blobs))
+        self._held_bytes += execution.size
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        while len(self._all) > limits.STORED_EXECUTIONS or (
+            len(self._all) > 1 and self._held_bytes > STORED_REPLY_BYTES
+        ):
             _, forgotten = self._all.popitem(last=False)
-            held -= forgotten.size
+            self._held_bytes -= forgotten.size
 
 
 def explain(cause: Outcome, execution: Execution, found: ErrorInfo | None) -> ErrorInfo:

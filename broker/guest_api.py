@@ -40,7 +40,7 @@ def read_tool_call(call_id: str) -> Response:
     """200: ToolCallStatus, after at most ``wait_s``. 404 ``unknown_call``, also for another session's."""
     session = _session()
     call = session.core.tool_calls.get(call_id)
-    return _status(session.wait_for_call(call, query_number(request, "wait_s", 0.0)))
+    return _status(session.wait_for_call(call, query_number(request.args, "wait_s", 0.0)))
 
 
 def _session() -> LiveSession:

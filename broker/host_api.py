@@ -92,11 +92,12 @@ def execute(session_id: str) -> Response:
     """200: Progress. Body: ExecuteRequest. 409 ``session_busy``; 410 ``session_lost``."""
     session = _plane().sessions[session_id]
     header, blobs, _ = read_body(request)
+    query = request.args
     wanted = ClaimRequest(
-        limit=int(query_number(request, "limit", limits.DEFAULT_CONCURRENT_TOOL_CALLS, high=10_000)),
-        wait_s=query_number(request, "wait_s", 0.0),
-        lease_s=query_number(request, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
-        start=query_number(request, "start", 1) != 0,
+        limit=int(query_number(query, "limit", limits.DEFAULT_CONCURRENT_TOOL_CALLS, high=10_000)),
+        wait_s=query_number(query, "wait_s", 0.0),
+        lease_s=query_number(query, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
+        start=query_number(query, "start", 1) != 0,
     )
     return _progress(session.run(ExecuteRequest.from_json(header), blobs, wanted, connection_of(request).still_there))
 
@@ -113,7 +114,7 @@ def claim_tool_calls(session_id: str) -> Response:
 def show_execution(execution_id: str) -> Response:
     """200: Progress without claims, after at most ``wait_s``. 404 ``unknown_execution``."""
     session, execution = _plane().sessions.execution(execution_id)
-    return _progress(session.wait_for_end(execution, query_number(request, "wait_s", 0.0)))
+    return _progress(session.wait_for_end(execution, query_number(request.args, "wait_s", 0.0)))
 
 
 @host_api.post("/executions/<execution_id>/interrupt")

@@ -280,8 +280,7 @@ class Session:
         self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
     ) -> None:
         output = self._worker.take_output()
-        execution.blobs = () if report is None else report.blobs
-        execution.result = ExecutionResult(
+        result = ExecutionResult(
             outcome=outcome,
             output=output.text,
             discarded_output_bytes=output.discarded_bytes,
@@ -291,6 +290,7 @@ class Session:
             session_lost=self.lost,
             duration_s=round(self._clock() - execution.started_at, 6),
         )
+        self.executions.ended(execution, result, () if report is None else report.blobs)
         self._running = None
         self.tool_calls.close(CallState.CANCELLED)
         self._on_news()

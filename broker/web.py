@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from flask import Flask, Request, Response
 from werkzeug.exceptions import HTTPException
@@ -41,13 +42,15 @@ def connection_of(request: Request) -> Connection:
     return connection
 
 
-def query_number(request: Request, name: str, default: float, *, low: float = 0.0, high: float = 86_400.0) -> float:
+def query_number(
+    query: Mapping[str, str], name: str, default: float, *, low: float = 0.0, high: float = 86_400.0
+) -> float:
     """Read a number from the query string.
 
     Raises:
         BadRequest: Not a number, or out of range.
     """
-    text = request.args.get(name)
+    text = query.get(name)
     if text is None:
         return default
     try:

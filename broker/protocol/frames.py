@@ -39,8 +39,17 @@ def dump_frame(header: dict[str, Any], blobs: Sequence[Blob] = ()) -> list[Blob]
         blobs: Raw byte strings, in the order in which the header refers to them.
     """
     header = {**header, "blobs": [len(blob) for blob in blobs]}
-    head = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    head = _ENCODER.encode(header).encode("ascii")
     return [_LENGTH.pack(len(head)) + head, *blobs]
+
+
+def dump_json(payload: dict[str, Any]) -> bytes:
+    """Return a JSON object as compact ASCII.
+
+    Raises:
+        ValueError: It holds a NaN or an infinity.
+    """
+    return _ENCODER.encode(payload).encode("ascii")
 
 
 def parse_json_object(data: Blob) -> dict[str, Any]:
@@ -49,14 +58,14 @@ def parse_json_object(data: Blob) -> dict[str, Any]:
     Raises:
         FrameError: Not JSON, nested too deep, an integer too long, NaN, or not an object.
     """
-    text = bytes(data)
     try:
-        parsed = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        text = str(data, "utf-8")
+        parsed = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON object: {error}") from None
     if not isinstance(parsed, dict):
         raise FrameError(f"expected a JSON object, got {type(parsed).__name__}")
-    if text.count(b"[") + text.count(b"{") > limits.MAX_JSON_DEPTH:  # else it cannot be too deep
+    if text.count("[") + text.count("{") > limits.MAX_JSON_DEPTH:  # else it cannot be too deep
         _check_depth(parsed)
     return parsed
 
@@ -140,3 +149,8 @@ def _check_depth(parsed: dict[str, Any]) -> None:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads and json.dumps build a new one for every call that deviates from the defaults.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
