@@ -105,7 +105,7 @@ def _image(_: argparse.Namespace) -> int:
 
 
 def _up(parsed: argparse.Namespace) -> int:
-    from host_client import daemon
+    import host_client.daemon as daemon
 
     settings = SandboxSettings.from_environment()
     prepare(settings)
@@ -113,32 +113,32 @@ def _up(parsed: argparse.Namespace) -> int:
 
 
 def _down(parsed: argparse.Namespace) -> int:
-    from host_client import daemon
+    import host_client.daemon as daemon
 
     return daemon.down(parsed.name)
 
 
 def _status(_: argparse.Namespace) -> int:
-    from host_client import daemon
+    import host_client.daemon as daemon
 
     return daemon.status()
 
 
 def _logs(parsed: argparse.Namespace) -> int:
-    from host_client import daemon
+    import host_client.daemon as daemon
 
     return daemon.logs(parsed.name, parsed.follow)
 
 
 def _devsh(parsed: argparse.Namespace) -> int:
-    from host_client import daemon
+    import host_client.daemon as daemon
 
     prepare(SandboxSettings.from_environment())
     return daemon.devsh(parsed.name)
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from host_client import demo
+    import host_client.demo as demo
 
     prepare(SandboxSettings.from_environment())
     return demo.main(list(arguments))
