@@ -250,7 +250,7 @@ def test_wrong_arguments_are_named_and_terminal(make: Make, code: Any, variables
 
 
 def test_a_wrong_tool_added_later_is_named_at_the_next_execute(make: Make) -> None:
-    interpreter, broker = make(Step(value=1))
+    interpreter, _ = make(Step(value=1))
     interpreter.tools["print"] = print
     with pytest.raises(BadSetting, match="print"):
         interpreter.execute("1")
@@ -344,7 +344,7 @@ def test_a_result_that_cannot_be_sent_fails_the_call_with_its_path(make: Make) -
 
 
 def test_an_unknown_tool_is_refused_by_the_host_too(make: Make) -> None:
-    interpreter, broker = make()
+    interpreter, _ = make()
     interpreter.start()
     with pytest.raises(NameError, match="secret"):
         interpreter.invoke_tool("secret", [], {})
@@ -563,13 +563,13 @@ def test_shutdown_from_a_tool_ends_the_execute_around_it(make: Make) -> None:
 
 def test_shutdown_during_the_start_leaves_nothing(make: Make) -> None:
     interpreter, broker = make(Step(value=1))
-    opened = broker.open_session
+    connected = broker.connect
 
-    def stop_meanwhile() -> str:
+    def stop_meanwhile(handle: Any) -> Any:
         interpreter.shutdown()
-        return opened()
+        return connected(handle)
 
-    broker.open_session = stop_meanwhile  # type: ignore[method-assign]
+    broker.connect = stop_meanwhile  # type: ignore[method-assign]
     with pytest.raises(SessionLost):
         interpreter.execute("1")
     assert broker.stopped == 1

@@ -77,6 +77,11 @@ def test_close_ends_idle_threads_at_once_and_busy_ones_with_their_job() -> None:
 
 def test_close_from_a_job_does_not_wait_for_itself() -> None:
     threads, done = ToolThreads(), threading.Event()
-    threads.run(lambda: (threads.close(), done.set()) and None)  # type: ignore[func-returns-value]
+
+    def close() -> None:
+        threads.close()
+        done.set()
+
+    threads.run(close)
     assert done.wait(WAIT_S)
     threads.close()
