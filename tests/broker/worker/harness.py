@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import json
 import os
@@ -233,10 +234,8 @@ class GuestPlane:
         self._server.server_close()
         Path(self.path).unlink(missing_ok=True)
         for connection in list(self.open_connections):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def status(self, request: dict[str, Any], blobs: list[Any]) -> tuple[dict[str, Any], list[Any]]:
         """Answer a POST."""
@@ -266,16 +265,12 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         with self.guest.lock:
             self.guest.open_connections.discard(self.connection)
-        try:
+        with contextlib.suppress(OSError):
             super().finish()
-        except OSError:
-            pass
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().handle()
-        except OSError:
-            pass
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -310,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 

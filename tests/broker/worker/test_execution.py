@@ -200,7 +200,12 @@ def test_forked_child_that_raises_ends_with_a_traceback_and_status_1(worker: Wor
 
 
 def test_child_left_behind_does_not_hold_the_channel_open(worker: WorkerProcess) -> None:
-    code = "import os, signal\nr, w = os.pipe()\nif os.fork() == 0:\n    os.setsid(); os.close(w); os.read(r, 1); os._exit(0)"
+    code = (
+        "import os, signal\n"
+        "r, w = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid(); os.close(w); os.read(r, 1); os._exit(0)"
+    )
     running = worker.begin(code + "\nos.dup(w)")
     worker.receive()
     worker.process.kill()
@@ -210,7 +215,13 @@ def test_child_left_behind_does_not_hold_the_channel_open(worker: WorkerProcess)
 
 
 def test_modules_in_the_working_directory_can_be_imported(worker: WorkerProcess) -> None:
-    code = "import os, tempfile\nos.chdir(tempfile.mkdtemp())\nopen('mine.py', 'w').write('answer = 42')\nimport mine\nmine.answer"
+    code = (
+        "import os, tempfile\n"
+        "os.chdir(tempfile.mkdtemp())\n"
+        "open('mine.py', 'w').write('answer = 42')\n"
+        "import mine\n"
+        "mine.answer"
+    )
     assert worker.execute(code).value == 42
 
 

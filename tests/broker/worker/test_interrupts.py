@@ -17,9 +17,16 @@ BUSY = {
     "join": "import threading\nt = threading.Thread(target=threading.Event().wait, daemon=True); t.start(); t.join()",
     "await": "import asyncio; await asyncio.Event().wait()",
     "asyncio.run": "import asyncio\nasync def f(): await asyncio.Event().wait()\nasyncio.run(f())",
-    "busy task": "import asyncio\nasync def f():\n    while True: await asyncio.sleep(0)\nawait asyncio.gather(f(), f())",
+    "busy task": (
+        "import asyncio\nasync def f():\n    while True: await asyncio.sleep(0)\nawait asyncio.gather(f(), f())"
+    ),
     "subprocess": "import subprocess; subprocess.run(['sleep', '1000'])",
-    "pool": "from concurrent.futures import ThreadPoolExecutor\nimport threading\ne = threading.Event()\nThreadPoolExecutor().submit(e.wait).result()",
+    "pool": (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "import threading\n"
+        "e = threading.Event()\n"
+        "ThreadPoolExecutor().submit(e.wait).result()"
+    ),
     "repr of the result": "class R:\n    def __repr__(self):\n        while True: pass\nR()",
     "str of the error": "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E",
     "read of a pipe": "import os; os.read(os.pipe()[0], 1)",
@@ -41,7 +48,7 @@ def test_interrupt_ends_the_execution_and_keeps_the_namespace(worker: WorkerProc
 
 
 def test_interrupt_tells_the_line(worker: WorkerProcess) -> None:
-    running = worker.begin("print('started')\n\nwhile True:\n    pass")
+    running = worker.begin("\n\nwhile True:\n    print('started')")
     running.wait_for("started")
     worker.interrupt()
     error = running.result().error
@@ -154,7 +161,14 @@ def test_next_execution_can_be_interrupted_although_code_ignored_the_signal(work
 
 
 def test_tasks_of_an_interrupted_await_are_gone(worker: WorkerProcess) -> None:
-    code = "import asyncio\nseen = []\nasync def ticker():\n    while True:\n        await asyncio.sleep(0)\n        seen.append(1)\n"
+    code = (
+        "import asyncio\n"
+        "seen = []\n"
+        "async def ticker():\n"
+        "    while True:\n"
+        "        await asyncio.sleep(0)\n"
+        "        seen.append(1)\n"
+    )
     running = worker.begin(
         code + "task = asyncio.create_task(ticker())\nprint('started')\nawait asyncio.Event().wait()"
     )

@@ -22,7 +22,14 @@ sys.stdout.write("no newline")
 
 
 def test_output_of_subprocesses_and_raw_writes_comes_in_order(worker: WorkerProcess) -> None:
-    code = "import os, subprocess\nprint('a')\nsubprocess.run(['echo', 'b'])\nos.write(2, b'c\\n')\nprint('d')\nos.system('echo e >&2')"
+    code = (
+        "import os, subprocess\n"
+        "print('a')\n"
+        "subprocess.run(['echo', 'b'])\n"
+        "os.write(2, b'c\\n')\n"
+        "print('d')\n"
+        "os.system('echo e >&2')"
+    )
     assert worker.execute(code).output == "a\nb\nc\nd\ne\n"
 
 
@@ -97,7 +104,7 @@ def test_100_000_small_prints_arrive_complete(worker: WorkerProcess) -> None:
 
 
 def test_fileno_and_names_are_as_usual(worker: WorkerProcess) -> None:
-    code = "import sys; [sys.stdout.fileno(), sys.stderr.fileno(), sys.stdout.encoding, sys.stdout.isatty(), sys.stdout.name]"
+    code = "import sys; out = sys.stdout\n[out.fileno(), sys.stderr.fileno(), out.encoding, out.isatty(), out.name]"
     assert worker.execute(code).value == [1, 2, "utf-8", False, "<stdout>"]
 
 

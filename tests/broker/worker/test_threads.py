@@ -26,7 +26,9 @@ def late():
 STARTS = {
     "thread": "threading.Thread(target=late, daemon=True).start()",
     "raw thread": "_thread.start_new_thread(late, ())",
-    "thread of a thread": "t = threading.Thread(target=lambda: threading.Thread(target=late).start())\nt.start(); t.join()",
+    "thread of a thread": (
+        "t = threading.Thread(target=lambda: threading.Thread(target=late).start())\nt.start(); t.join()"
+    ),
     "timer": "threading.Timer(0, late).start()",
     "pool": "from concurrent.futures import ThreadPoolExecutor\nThreadPoolExecutor().submit(late)",
 }
@@ -103,7 +105,12 @@ begun()
 
 def test_task_left_pending_goes_on_when_a_later_execution_awaits_it(worker: WorkerProcess) -> None:
     worker.execute(
-        "import asyncio\ngo = asyncio.Event()\nasync def f():\n    await go.wait()\n    return 'finished'\ntask = asyncio.create_task(f()); await asyncio.sleep(0)"
+        "import asyncio\n"
+        "go = asyncio.Event()\n"
+        "async def f():\n"
+        "    await go.wait()\n"
+        "    return 'finished'\n"
+        "task = asyncio.create_task(f()); await asyncio.sleep(0)"
     )
     assert worker.execute("go.set()\nawait task").value == "finished"
 

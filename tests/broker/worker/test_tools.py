@@ -362,7 +362,13 @@ first, rest, double(5)
 
 def test_child_of_an_ended_execution_says_so_by_its_id(worker: WorkerProcess, plane: GuestPlane) -> None:
     plane.tools["probe"] = lambda: 1
-    code = "import os\nr, w = os.pipe()\npid = os.fork()\nif pid == 0:\n    os.close(w); os.read(r, 1); probe(); os._exit(0)"
+    code = (
+        "import os\n"
+        "r, w = os.pipe()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    os.close(w); os.read(r, 1); probe(); os._exit(0)"
+    )
     running = worker.begin(code, tools=[tool("probe")])
     header, _ = worker.receive()
     assert header["outcome"] == "ok"
