@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from flask import Request, Response
 
@@ -92,5 +92,5 @@ def error_reply(error: BrokerError) -> Response:
 
 def _response(pieces: Sequence[Blob], size: int, content_type: str, status: int) -> Response:
     response = Response(status=status, headers=[("Content-Type", content_type), ("Content-Length", str(size))])
-    response.response = pieces
+    response.response = cast("list[bytes]", pieces)  # the server takes any bytes-like piece
     return response

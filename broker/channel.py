@@ -175,7 +175,7 @@ class Channel:
         self._frames.add(data)
         try:
             frame = self._frames.next()
-            while frame is not None:
+            while frame is not None and self._sock.fileno() >= 0:
                 self._on_frame(*frame)
                 frame = self._frames.next()
         except FrameError:

@@ -25,6 +25,9 @@ JsonObject = dict[str, Any]
 #: The channel's end is seen before the supervisor's word why; a worker that closed it but lives breaks the protocol.
 EXIT_REASON_WAIT_S = 0.5
 
+#: A worker sends one frame for each execution. A few may be late; a flood of them is meant to keep us busy.
+MAX_STRAY_FRAMES = 100
+
 #: What a worker may report; the other outcomes are the broker's to tell.
 _REPORTABLE = frozenset({Outcome.OK, Outcome.SUBMITTED, Outcome.RAISED, Outcome.SYNTAX_ERROR, Outcome.INTERRUPTED})
 
@@ -101,6 +104,7 @@ class Session:
         self._interrupts_on_their_way = 0
         self._held_back: _Report | None = None
         self._channel_closed_at: float | None = None
+        self._stray_frames = 0
 
     @property
     def running(self) -> Execution | None:
@@ -176,9 +180,10 @@ class Session:
 
     def frame_received(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         """Take a frame off the worker's channel."""
-        if self._running is None or header.get("type") != "result":
-            return  # late, or nothing that we wait for
-        if header.get("execution_id") != self._running.execution_id or self._held_back is not None:
+        if not self._awaited(header):
+            self._stray_frames += 1
+            if self._stray_frames > MAX_STRAY_FRAMES:
+                self.protocol_broken()
             return
         try:
             report = _read_report(header, blobs)
@@ -189,6 +194,16 @@ class Session:
             self._held_back = report
         else:
             self._finish(report)
+
+    def _awaited(self, header: JsonObject) -> bool:
+        """Tell whether a frame is the result of the running execution, and the first one."""
+        running = self._running
+        return (
+            running is not None
+            and self._held_back is None
+            and header.get("type") == "result"
+            and header.get("execution_id") == running.execution_id
+        )
 
     def interrupt_delivered(self) -> None:
         """A SIGINT that was asked for has been sent."""

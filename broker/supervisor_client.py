@@ -81,7 +81,7 @@ class SupervisorClient:
         self._ask("sweep", slot, lambda reply, fds: done(bool(reply.get("clean"))))
 
     def slot_of(self, peer: Peer) -> int | None:
-        """Return the slot of a process on the guest's socket: by its uid, or in tests by its worker's process session."""
+        """Return the slot of a process on the guest's socket: by uid, or in tests by its worker's process session."""
         if self._base is not None:
             slot = peer.uid - self._base
             return slot if 0 <= slot < self._max_slots else None

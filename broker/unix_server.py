@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent
 from flask import Flask
 from gevent import pywsgi
 from gevent import socket as gevent_socket
@@ -65,7 +66,7 @@ class Headers(dict[str, str]):
 class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     """One connection's requests."""
 
-    def MessageClass(self, rfile: Any, *_: Any) -> Headers:  # noqa: N802 - pywsgi's name
+    def MessageClass(self, rfile: Any, *_: Any) -> Headers:
         """Read the headers of a request.
 
         Raises:
@@ -93,6 +94,16 @@ class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         environ: dict[str, Any] = super().get_environ()
         environ["rlm_sandbox.connection"] = self.server.connections[self.socket]
         return environ
+
+    def read_requestline(self) -> str:
+        """Read the first line of a request, after everybody else had a turn.
+
+        Where the next request has arrived already, reading it does not wait; without this, one client that sends
+        requests in a row would be the only one served.
+        """
+        gevent.sleep(0)
+        line: str = super().read_requestline()
+        return line
 
     def handle_one_request(self) -> Any:
         """Serve one request; what pywsgi would answer as text is answered in JSON."""

@@ -4,13 +4,14 @@ Written by the host's provider. What the container must bring along:
 
 - ``--cap-drop ALL --cap-add SETUID --cap-add SETGID --cap-add KILL``, user 0, ``no-new-privileges``, read-only root.
 - ``/run/rlm-sandbox/host``: a bind mount of a directory that is owned by ``broker_uid``, mode 0700.
-- ``/run/rlm-sandbox/guest``: a tmpfs with ``rw,nosuid,nodev,noexec,size=64k,mode=0711,uid=<broker_uid>,gid=<broker_gid>``.
+- ``/run/rlm-sandbox/guest``: a tmpfs with the options
+  ``rw,nosuid,nodev,noexec,size=64k,mode=0711,uid=<broker_uid>,gid=<broker_gid>``.
   The supervisor holds neither CAP_CHOWN nor CAP_DAC_OVERRIDE, so the mount itself must give it to the broker. In this
   directory the guests may reach ``guest.sock`` by its name, and list or create nothing.
 - ``/tmp``: a tmpfs with mode 1777.
 
 Uids from ``guest_uid_base`` on, twice ``max_sessions`` of them, must be nobody else's: the first half belongs to the
-sessions, one each; under the second half the supervisor kills what is left of a session, so that it cannot be killed by it.
+sessions, one each; under the second half the supervisor kills what is left of a session, which cannot kill it then.
 """
 
 from __future__ import annotations

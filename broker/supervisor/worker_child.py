@@ -38,7 +38,7 @@ def run_worker(config: SupervisorConfig, slot: int, channel_fd: int) -> NoReturn
         _become_guest(config, slot)
         _enter_home(config, slot)
         status = _run(config, channel_fd)
-    except BaseException as error:  # noqa: BLE001 - nothing may escape into the supervisor's code after a fork
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(2, f"worker of slot {slot}: {type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:

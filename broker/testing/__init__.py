@@ -1,4 +1,4 @@
-"""The broker in a test's own process, with fakes that ship.
+r"""The broker in a test's own process, with fakes that ship.
 
 ::
 
@@ -6,7 +6,7 @@
         ... box.host_socket ...
 
     def script(execution: FakeExecution) -> ExecutionResult:
-        execution.print("hello\\n")
+        execution.print("hello\n")
         return ExecutionResult(outcome=Outcome.OK, value=42)
 
     with InProcessBroker(script) as box:                # a worker that does what the script says

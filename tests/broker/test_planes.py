@@ -22,7 +22,7 @@ from broker.protocol.frames import FRAME_CONTENT_TYPE, dump_frame
 from broker.protocol.messages import ExecutionResult, Outcome
 from broker.testing import FakeExecution, InProcessBroker, WorkerEnd
 from broker.testing.fake_worker import ok
-from tests.broker.conftest import Client
+from tests.broker.conftest import TOOLS, Client
 
 Scripts = dict[str, Callable[[FakeExecution], Any]]
 
@@ -62,6 +62,10 @@ def forge(execution: FakeExecution) -> ExecutionResult:
     return ok("later still")
 
 
+def flood(execution: FakeExecution) -> None:
+    execution.send_raw(b"".join(map(bytes, dump_frame({"type": "noise"}))) * 100_000)
+
+
 def echo_blobs(execution: FakeExecution) -> tuple[ExecutionResult, Any]:
     return ok({"$blob": [0, "bytes"]}), [bytes(blob)[::-1] for blob in execution.blobs]
 
@@ -73,6 +77,7 @@ SCRIPTS: Scripts = {
     "thousand": call_a_thousand,
     "garbage": garbage,
     "oversized": oversized,
+    "flood": flood,
     "forge": forge,
     "blobs": echo_blobs,
     "unknown": lambda execution: ok(execution.call_tool("rm").to_json()),
@@ -114,10 +119,20 @@ def raw(path: Path, data: bytes) -> bytes:
     return answer
 
 
-def settle(box: InProcessBroker) -> None:
-    """Return once a request sent before is being waited on: the broker has been through its loop a few times."""
-    for _ in range(5):
-        box.host.request("GET", "/v1/health")
+@contextlib.contextmanager
+def waiting_request(client: Client) -> Iterator[socket.socket]:
+    """Post an execution that blocks, on a connection of its own; enter once the broker waits for its end."""
+    payload = {"execution_id": f"waiting-{client.session_id}", "code": "block", "tools": TOOLS}
+    body = json.dumps(payload).encode()
+    path = f"/v1/sessions/{client.session_id}"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(client.box.host_socket))
+        head = f"POST {path}/executions?wait_s=25 HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        sock.sendall(head.encode() + body)
+        while client.box.host.request("GET", path)[1]["state"] != "running":
+            pass
+        yield sock
 
 
 def test_health_names_protocol_and_sandbox(box: InProcessBroker) -> None:
@@ -165,7 +180,7 @@ def test_a_tool_call_goes_there_and_back(client: Client) -> None:
 
 
 def test_a_claim_not_yet_started_can_be_started_and_renewed(client: Client) -> None:
-    status, reply, _ = client.post("call", query="&start=0")
+    _, reply, _ = client.post("call", query="&start=0")
     [claim] = reply["claims"]
     path = f"/v1/tool-calls/{claim['call_id']}"
     assert client.box.host.request("GET", path)[1]["state"] == "leased"
@@ -231,7 +246,10 @@ def test_the_blobs_of_claims_are_told_apart(client: Client) -> None:
     for key in ("one", "two"):
         request = {"key": key, "execution_id": progress.execution_id, "tool": "search", "wait_s": 0}
         raw_parts = [f"{key}-a".encode(), f"{key}-b".encode()]
-        assert box.guest.request("POST", "/v1/tool-calls", {**request, "args": [{"$blob": [1, "str"]}]}, raw_parts)[0] == 200
+        assert (
+            box.guest.request("POST", "/v1/tool-calls", {**request, "args": [{"$blob": [1, "str"]}]}, raw_parts)[0]
+            == 200
+        )
     _, reply, blobs = client.claims(wait_s=20)
     found = [[bytes(blob) for blob in blobs[slice(*claim["blob_range"])]] for claim in reply["claims"]]
     assert found == [[b"one-a", b"one-b"], [b"two-a", b"two-b"]]
@@ -251,7 +269,7 @@ def test_the_same_key_twice_is_one_call(client: Client) -> None:
     client.box.host.request("POST", f"/v1/executions/{progress.execution_id}/interrupt")
 
 
-@pytest.mark.parametrize("attack", ["garbage", "oversized"])
+@pytest.mark.parametrize("attack", ["garbage", "oversized", "flood"])
 def test_bytes_that_are_no_frame_end_the_session_as_protocol(client: Client, attack: str) -> None:
     progress = client.run(attack)
     assert progress.result is not None
@@ -277,12 +295,7 @@ def test_a_worker_that_dies_ends_the_execution_at_once(client: Client) -> None:
 
 def test_closing_a_session_answers_whoever_waits(box: InProcessBroker) -> None:
     client = Client.open(box)
-    progress = client.run("block", wait_s=0)
-    with socket.socket(socket.AF_UNIX) as waiting:
-        waiting.settimeout(20)
-        waiting.connect(str(box.host_socket))
-        waiting.sendall(f"GET /v1/executions/{progress.execution_id}?wait_s=25 HTTP/1.1\r\n\r\n".encode())
-        settle(box)
+    with waiting_request(client) as waiting:
         assert client.close() == 200
         assert b'"session_lost":"shutdown"' in waiting.recv(65536)
     assert client.close() == 404
@@ -426,18 +439,14 @@ def test_a_reply_leaves_in_one_piece_and_the_connection_is_kept(box: InProcessBr
 
 
 def test_a_host_that_hung_up_while_it_waited_gets_no_calls(client: Client) -> None:
-    progress = client.run("block", wait_s=0)
-    body = json.dumps({"wait_s": 20, "execution_id": progress.execution_id}).encode()
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(client.box.host_socket))
-        path = f"/v1/sessions/{client.session_id}/claims".encode()
-        sock.sendall(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (path, len(body), body))
-        settle(client.box)
-    request = {"key": "k", "execution_id": progress.execution_id, "tool": "search", "wait_s": 0}
-    client.box.guest.request("POST", "/v1/tool-calls", request)
-    _, reply, _ = client.claims(wait_s=20, execution_id=progress.execution_id)
+    with waiting_request(client):
+        pass
+    execution_id = f"waiting-{client.session_id}"
+    request = {"key": "k", "execution_id": execution_id, "tool": "search", "wait_s": 0}
+    assert client.box.guest.request("POST", "/v1/tool-calls", request)[0] == 200
+    _, reply, _ = client.claims(wait_s=20, execution_id=execution_id)
     assert [claim["attempt"] for claim in reply["claims"]] == [1]
-    client.box.host.request("POST", f"/v1/executions/{progress.execution_id}/interrupt")
+    client.box.host.request("POST", f"/v1/executions/{execution_id}/interrupt")
 
 
 def test_a_stranger_on_the_guests_socket_is_nobody() -> None:

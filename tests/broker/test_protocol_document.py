@@ -61,7 +61,11 @@ def test_the_documents_curl_examples_run_from_top_to_bottom() -> None:
     with InProcessBroker() as box:
         # curl is no process of the session; let it speak as one.
         box.spawner.slot_of = lambda peer: 0  # type: ignore[method-assign]
-        environment = {"PATH": "/usr/bin:/bin", "HOST_SOCKET": str(box.host_socket), "GUEST_SOCKET": str(box.guest_socket)}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOST_SOCKET": str(box.host_socket),
+            "GUEST_SOCKET": str(box.guest_socket),
+        }
         ran = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert '"error":{"code"' not in ran.stdout, ran.stdout

@@ -83,7 +83,12 @@ def test_a_left_over_process_can_print_without_end_and_nobody_sees_it(worker: Cl
 
 def test_closing_a_session_ends_its_processes_and_removes_its_files(real: InProcessBroker) -> None:
     client = Client.open(real)
-    code = "import os, subprocess\np = subprocess.Popen(['sleep', '1000'])\nopen('file', 'w').close()\n(p.pid, os.getcwd())"
+    code = (
+        "import os, subprocess\n"
+        "p = subprocess.Popen(['sleep', '1000'])\n"
+        "open('file', 'w').close()\n"
+        "(p.pid, os.getcwd())"
+    )
     pid, home = ended(client.run(code)).value
     assert (Path(home) / "file").exists()
     assert client.close() == 200
@@ -103,7 +108,11 @@ def test_sessions_do_not_see_each_other(real: InProcessBroker) -> None:
 
 
 def test_the_worker_inherits_no_descriptor_and_no_environment(worker: Client) -> None:
-    code = "import os\n[os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}')]"
+    code = (
+        "import os\n"
+        "fds = [f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd')]\n"
+        "[os.readlink(fd) for fd in fds if os.path.exists(fd)]"
+    )
     links = ended(worker.run(code)).value
     assert not [link for link in links if link.endswith((".sock", ".log", ".py"))]
     assert ended(worker.run("import os; sorted(os.environ)")).value == [

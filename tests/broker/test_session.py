@@ -90,9 +90,7 @@ def test_an_execution_runs_and_its_reply_is_stored(session: Session, worker: Not
 
 def test_the_worker_gets_the_request_without_what_is_the_brokers(session: Session, worker: NotingWorker) -> None:
     session.execute(request(timeout_s=3.0, tools=None, drop=("v1",)), [])
-    assert worker.headers == [
-        {"type": "execute", "execution_id": "e1", "code": "1", "variables": {}, "drop": ["v1"]}
-    ]
+    assert worker.headers == [{"type": "execute", "execution_id": "e1", "code": "1", "variables": {}, "drop": ["v1"]}]
 
 
 def test_a_second_execution_while_one_runs_is_refused(session: Session, worker: NotingWorker) -> None:

@@ -42,7 +42,9 @@ def python_for_all() -> str | None:
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it runs processes under other uids"),
-    pytest.mark.skipif(os.geteuid() == 0 and python_for_all() is None, reason="no Python of this version that another user can execute"),
+    pytest.mark.skipif(
+        os.geteuid() == 0 and python_for_all() is None, reason="no Python of this version that another user can execute"
+    ),
 ]
 
 
