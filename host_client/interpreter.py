@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import threading
-import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -252,7 +252,7 @@ class SandboxInterpreter:
             raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
         wanted = fields or ()
         return ExecuteRequest(
-            execution_id=uuid.uuid4().hex,
+            execution_id=os.urandom(16).hex(),
             code=code,
             variables=encoded,
             tools=None if session.tools_sent else self._table.definitions(),
