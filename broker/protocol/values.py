@@ -124,7 +124,6 @@ class Encoder:
         if all(type(key) is str and not key.startswith("$") for key in mapping):
             return {k: self._encode(v, f"{path}[{k!r}]", depth + 1, parents) for k, v in mapping.items()}
         pairs: list[list[Any]] = []
-        pairs: list[list[Any]] = []
         for key, item in mapping.items():
             encoded_key = self._hashable(key, f"{path} key {key!r:.40}", depth + 1, parents)
             pairs.append([encoded_key, self._encode(item, f"{path}[{key!r:.40}]", depth + 1, parents)])
