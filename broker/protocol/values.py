@@ -158,7 +158,7 @@ class Encoder:
         return {"$frozenset" if isinstance(value, frozenset) else "$set": members}
 
     def _hashable(self, value: Any, path: str, depth: int, parents: tuple[int, ...]) -> Any:
-        """Encode a key or a member of a set: it must arrive hashable, so a tuple stays one even where lists are sent."""
+        """Encode a key or a set's member: it must arrive hashable, so a tuple stays one even where lists are sent."""
         exact = Encoder(keeper=self.keeper, blobs=self.blobs) if self.listify else self
         encoded = exact._encode(_plain_tuple(value), path, depth, parents)
         if _arrives_unhashable(encoded):

@@ -49,8 +49,10 @@ class SandboxProvider(Protocol):
         """
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
-        """Return why a sandbox no longer runs (``oom``, ``killed``, ``crashed(SIGNAL)``, ``exited(N)``, ``removed``,
-        ``engine_gone``), or None while it runs."""
+        """Return why a sandbox no longer runs, or None while it runs.
+
+        One of ``oom``, ``killed``, ``crashed(SIGNAL)``, ``exited(N)``, ``removed``, ``engine_gone``.
+        """
 
     def stop(self, handle: SandboxHandle) -> None:
         """Kill and remove the sandbox and its socket directory. Idempotent; never raises for one that is gone."""
