@@ -23,6 +23,8 @@ _DSPY_SETUP = "_dspy_make_ctor"
 class ScriptedBroker:
     r"""A ``SandboxProvider`` whose sandboxes follow a script: no Docker, no process, no socket.
 
+        from host_client.scripted_broker import ScriptedBroker, Step
+
         broker = ScriptedBroker([
             Step(output="3 chapters\n"),
             lambda execution: Step(value=execution.call("llm_query", "What is it about?")),
