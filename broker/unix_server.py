@@ -26,6 +26,8 @@ _MAX_HEADERS = 64
 _MAX_HEADER_LINE_BYTES = 8192
 #: A first piece of a body up to this size leaves together with the headers.
 _JOIN_BYTES = 64 << 10
+#: How long a client that is refused may take to say what it wanted.
+_REFUSED_WAIT_S = 1.0
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -172,6 +174,9 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
         try:
             self._admit(connection.peer)
         except BrokerError as error:
+            # A client that is cut off while it still sends would not see the answer.
+            with gevent.Timeout(_REFUSED_WAIT_S, False):
+                sock.recv(65536)
             sock.sendall(canned_reply(error))
             return
         self.connections[sock] = connection
