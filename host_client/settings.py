@@ -40,6 +40,9 @@ class SandboxSettings:
         pids: Most processes and threads.
         tmpfs: Size of ``/tmp`` in bytes (also ``"256m"``); it counts as memory.
         runtime: OCI runtime, such as ``runsc`` for gVisor, or None for the engine's default.
+        network: Whether generated code reaches the network, through the engine's default bridge.
+        seccomp: Path of a seccomp profile in Docker's format, or None for this package's own.
+        insecure: Whether a sandbox that turns out weaker than asked for is used all the same.
         environment: Extra environment variables of generated code. Not for secrets.
         provider: ``docker``.
         max_sessions: Most sessions in one sandbox.
@@ -56,6 +59,9 @@ class SandboxSettings:
     pids: int = 2048
     tmpfs: int = 256 << 20
     runtime: str | None = None
+    network: bool = False
+    seccomp: str | None = None
+    insecure: bool = False
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     provider: str = "docker"
     max_sessions: int = 16
@@ -77,6 +83,8 @@ class SandboxSettings:
         _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
         _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
+        _require("network", isinstance(self.network, bool), self.network, "True or False")
+        _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
         _require("provider", self.provider == "docker", self.provider, "'docker'")
 
     @classmethod
@@ -134,6 +142,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "tmpfs": parse_size,
     "cpus": float,
     "pids": int,
+    "network": _parse_flag,
+    "insecure": _parse_flag,
     "environment": _parse_pairs,
     "max_sessions": int,
     "max_output_bytes": int,

@@ -10,6 +10,7 @@ from typing import Any
 
 import broker
 from broker.protocol import PROTOCOL_VERSION
+from host_client.providers.isolation import Isolation
 from host_client.settings import SandboxSettings
 
 LABEL = "rlm-sandbox"
@@ -33,9 +34,6 @@ GUEST_SITE = "/opt/rlm-sandbox/guest-site"
 
 #: A sandbox whose host was killed ends itself: long enough for a client that reconnects, short enough to notice.
 LINGER_S = 60.0
-
-#: Only PID 1 has them: to run the broker and the sessions under their uids, and to kill the latter.
-CAPABILITIES = ("SETUID", "SETGID", "KILL")
 
 #: A thousand wrappers blocked at once, each with a connection, and room to spare.
 GUEST_OPEN_FILES = 4096
@@ -63,6 +61,7 @@ class ContainerSpec:
         guest_uid_base: First uid of its sessions.
         broker_uid: Uid of its broker.
         created: When, as ISO 8601 text.
+        isolation: What stands between generated code and the machine.
     """
 
     settings: SandboxSettings
@@ -74,6 +73,7 @@ class ContainerSpec:
     guest_uid_base: int
     broker_uid: int
     created: str
+    isolation: Isolation
 
     @property
     def container_name(self) -> str:
@@ -82,15 +82,18 @@ class ContainerSpec:
 
     def keywords(self) -> dict[str, Any]:
         """Return the keywords for ``DockerEngine.create_container``."""
-        return {**self._identity(), **self._isolation(), **self._limits()}
+        return {**self._identity(), **self._limits(), **self.isolation.keywords(self.broker_uid)}
 
     def supervisor_config(self) -> dict[str, Any]:
         """Return what PID 1 is told; ``broker.supervisor`` documents the fields. No secrets: anyone can read it."""
-        return {
-            "name": self.name,
+        users = {
             "broker_uid": self.broker_uid,
             "broker_gid": self.broker_uid,
             "guest_uid_base": self.guest_uid_base,
+        }
+        return {
+            "name": self.name,
+            **(users if self.isolation.separate_users else {}),
             "max_sessions": self.settings.max_sessions,
             "host_socket": f"{HOST_SOCKET_DIR}/host.sock",
             "guest_socket": f"{GUEST_SOCKET_DIR}/guest.sock",
@@ -109,8 +112,6 @@ class ContainerSpec:
             "command": [json.dumps(self.supervisor_config(), separators=(",", ":"))],
             "name": self.container_name,
             "hostname": "sandbox",
-            # PID 1 needs its three capabilities; what it starts runs under other uids.
-            "user": "0:0",
             "labels": {
                 LABEL: "1",
                 LABEL_NAME: self.name,
@@ -122,22 +123,6 @@ class ContainerSpec:
                 LABEL_PROTOCOL: str(PROTOCOL_VERSION),
                 LABEL_CREATED: self.created,
             },
-        }
-
-    def _isolation(self) -> dict[str, Any]:
-        return {
-            "network_mode": "none",
-            "read_only": True,
-            "cap_drop": ["ALL"],
-            "cap_add": list(CAPABILITIES),
-            "security_opt": ["no-new-privileges:true"],
-            "ipc_mode": "private",
-            "restart_policy": {"Name": "no"},
-            "init": False,
-            "runtime": self.settings.runtime,
-            # Mounts, not Binds: the engine must refuse a directory that it does not see instead of making one.
-            "mounts": [{"Type": "bind", "Source": str(self.directory), "Target": HOST_SOCKET_DIR, "ReadOnly": False}],
-            "host_config": {"CgroupnsMode": "private"},
         }
 
     def _limits(self) -> dict[str, Any]:
@@ -154,6 +139,9 @@ class ContainerSpec:
                 {"Name": "nofile", "Soft": OPEN_FILES, "Hard": OPEN_FILES},
                 {"Name": "core", "Soft": 0, "Hard": 0},
             ],
+            "restart_policy": {"Name": "no"},
+            # Mounts, not Binds: the engine must refuse a directory that it does not see instead of making one.
+            "mounts": [{"Type": "bind", "Source": str(self.directory), "Target": HOST_SOCKET_DIR, "ReadOnly": False}],
             "log_config": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}},
         }
 

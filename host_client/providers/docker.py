@@ -17,6 +17,7 @@ from host_client.providers.base import SandboxHandle
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.engine_api import Engine
 from host_client.providers.exits import death_reason
+from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name, find_named, handle_of, launch
 from host_client.reaper import reap, remove_sandbox_directory
 from host_client.runtime_dir import RuntimeDir
@@ -50,6 +51,7 @@ class DockerProvider:
         connect: Returns an engine that answers, or raises ``EngineUnavailable`` or ``EnginePermission``.
         image_of: Returns the tag of the image for some settings.
         open_runtime: Returns this user's runtime directory.
+        isolation_of: Returns what stands between generated code and the machine; tests of attacks weaken it.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class DockerProvider:
         connect: Callable[[], Engine] = connect_engine,
         image_of: Callable[[SandboxSettings], str] = image_tag,
         open_runtime: Callable[[], RuntimeDir] = RuntimeDir.open,
+        isolation_of: Callable[[SandboxSettings], Isolation] = Isolation.of,
     ) -> None:
         self._connect = connect
         self._image_of = image_of
         self._open_runtime = open_runtime
+        self._isolation_of = isolation_of
         self._processes: dict[int, _Process] = {}
 
     def start(self, settings: SandboxSettings, *, name: str | None = None) -> SandboxHandle:
@@ -78,10 +82,12 @@ class DockerProvider:
             )
         if name is not None:
             check_name(name)
+        isolation = self._isolation_of(settings)
         with self._engine() as engine:
             runtime = self._open_runtime()
             self._reap_once(engine, runtime)
-            return launch(engine, runtime, settings, image=self._image_of(settings), name=name, own=self._own)
+            image = self._image_of(settings)
+            return launch(engine, runtime, settings, image=image, name=name, isolation=isolation, own=self._own)
 
     def find(self, name: str) -> SandboxHandle:
         """Return the running sandbox of that name; see ``SandboxProvider.find``."""

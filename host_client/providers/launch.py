@@ -36,6 +36,7 @@ from host_client.providers.container_spec import (
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.engine_api import Engine
 from host_client.providers.exits import death_reason, explained, log_tail
+from host_client.providers.isolation import Isolation
 from host_client.providers.readiness import Died, DirectoryWatch, NotReady, TimedOut, wait_until_ready
 from host_client.reaper import remove_directory
 from host_client.runtime_dir import RuntimeDir, SandboxDirectory
@@ -60,6 +61,7 @@ def launch(
     *,
     image: str,
     name: str | None,
+    isolation: Isolation,
     own: Callable[[SandboxHandle], None],
 ) -> SandboxHandle:
     """Start a sandbox and return once its broker answers.
@@ -70,6 +72,7 @@ def launch(
         settings: Limits.
         image: Tag of the image.
         name: None for an owned sandbox.
+        isolation: What stands between generated code and the machine.
         own: Told of an owned sandbox, so that none is ever without somebody to stop it.
 
     Raises:
@@ -79,7 +82,7 @@ def launch(
     """
     owner = Owner.current()
     directory = runtime.create(owner)
-    spec = _spec(settings, image, name, owner, directory)
+    spec = _spec(settings, image, name, owner, directory, isolation)
     try:
         with DirectoryWatch(directory.path) as watch:
             container_id = _create(engine, spec)
@@ -131,7 +134,12 @@ def handle_of(container: Mapping[str, Any]) -> SandboxHandle:
 
 
 def _spec(
-    settings: SandboxSettings, image: str, name: str | None, owner: Owner, directory: SandboxDirectory
+    settings: SandboxSettings,
+    image: str,
+    name: str | None,
+    owner: Owner,
+    directory: SandboxDirectory,
+    isolation: Isolation,
 ) -> ContainerSpec:
     return ContainerSpec(
         settings=settings,
@@ -143,6 +151,7 @@ def _spec(
         guest_uid_base=directory.guest_uid_base,
         broker_uid=runtime_dir.broker_uid(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        isolation=isolation,
     )
 
 

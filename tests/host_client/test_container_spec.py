@@ -11,12 +11,14 @@ import pytest
 
 from broker.supervisor.config import SupervisorConfig
 from host_client.providers.container_spec import ContainerSpec
+from host_client.providers.isolation import Isolation
 from host_client.settings import SandboxSettings
 
 
 def spec(*, owned: bool = True, **settings: Any) -> ContainerSpec:
     return ContainerSpec(
         settings=SandboxSettings(**settings),
+        isolation=Isolation.of(SandboxSettings(**settings)),
         image="rlm-sandbox:abc",
         name="default",
         owned=owned,
@@ -41,12 +43,12 @@ def test_an_owned_sandbox_ends_itself_and_a_named_one_does_not() -> None:
     assert spec(owned=False).supervisor_config()["linger_s"] is None
 
 
-def test_no_network_no_capabilities_but_three_no_new_privileges_read_only_root() -> None:
+def test_no_network_no_capabilities_but_four_no_new_privileges_read_only_root() -> None:
     keywords = spec().keywords()
     assert keywords["network_mode"] == "none"
     assert keywords["cap_drop"] == ["ALL"]
-    assert keywords["cap_add"] == ["SETUID", "SETGID", "KILL"]
-    assert keywords["security_opt"] == ["no-new-privileges:true"]
+    assert keywords["cap_add"] == ["SETUID", "SETGID", "KILL", "SETPCAP"]
+    assert "no-new-privileges:true" in keywords["security_opt"]
     assert keywords["read_only"] is True
     assert keywords["ipc_mode"] == "private"
     assert keywords["host_config"]["CgroupnsMode"] == "private"

@@ -9,6 +9,7 @@ import pytest
 from host_client.errors import ProviderError
 from host_client.owner import Owner
 from host_client.providers.container_spec import ContainerSpec
+from host_client.providers.isolation import Isolation
 from host_client.providers.docker import DockerProvider
 from host_client.providers.fake_engine import FakeEngine
 from host_client.reaper import reap
@@ -39,6 +40,7 @@ def leave_behind(engine: FakeEngine, runtime: RuntimeDir, owner: Owner, *, name:
         guest_uid_base=directory.guest_uid_base,
         broker_uid=1,
         created="2026-01-01T00:00:00+00:00",
+        isolation=Isolation(),
     )
     container_id = engine.create_container(**spec.keywords())
     engine.start(container_id)
