@@ -24,7 +24,10 @@ from broker.protocol.messages import Outcome, Progress
 from broker.testing import PlaneClient
 
 ROOT = Path(__file__).parents[2]
-BROKER_UID, GUEST_UID_BASE, SLOTS = 61_000, 61_100, 4
+SLOTS = 4
+# Uids of this run alone: a second run at the same time would count, and kill, our processes.
+BROKER_UID = 1_000_000 + 32 * os.getpid()
+GUEST_UID_BASE = BROKER_UID + 1
 
 
 def python_for_all() -> str | None:
@@ -343,7 +346,7 @@ def test_a_stranger_is_refused_on_the_hosts_socket(sandbox: Sandbox) -> None:
             sock = socket.socket(socket.AF_UNIX)
             (sandbox.folder / "host").chmod(0o755)
             path.chmod(0o666)
-            os.setresuid(12_345, 12_345, 12_345)
+            os.setresuid(*[BROKER_UID + 31] * 3)
             sock.connect(str(path))
             sock.sendall(b"GET /v1/health HTTP/1.1\r\n\r\n")
             theirs.sendall(sock.recv(65536))
