@@ -111,10 +111,8 @@ class Sessions:
     def close(self, session_id: str) -> None:
         """End a session and wait until its slot is swept."""
         session = self[session_id]
-        reason = session.core.lost
         session.close()
-        if reason is None:
-            self._slots.wait_until_swept(session.core.slot)
+        self._slots.wait_until_swept(session.core.slot)  # also where it was lost a moment ago
         self._by_id.pop(session_id, None)
         self._log.event("session_closed", session=session_id)
 
