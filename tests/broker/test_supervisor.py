@@ -97,12 +97,13 @@ def _state(pid: int) -> str:
 
 
 def files_of(uids: range) -> list[str]:
-    return [
-        entry.path
-        for folder in ("/tmp", "/dev/shm")
-        for entry in os.scandir(folder)
-        if entry.stat(follow_symlinks=False).st_uid in uids
-    ]
+    found = []
+    for folder in ("/tmp", "/dev/shm"):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):  # somebody else's, just removed
+                if entry.stat(follow_symlinks=False).st_uid in uids:
+                    found.append(entry.path)
+    return found
 
 
 @pytest.fixture
