@@ -84,8 +84,9 @@ class InterpreterFactory:
 def execution_instructions(settings: SandboxSettings) -> str:
     """Return what a model should know about the sandbox before it writes code for it."""
     packages = ", ".join(("numpy", "pandas", *settings.packages))
+    network = "with" if settings.network else "without"
     return (
-        "Code runs as full CPython in an isolated Linux container without network access. Variables, imports and "
+        f"Code runs as full CPython in an isolated Linux container {network} network access. Variables, imports and "
         "functions persist between executions; input variables are set anew before each one. The standard library and "
         f"{packages} are installed; subprocesses, threads and files under /tmp work. What is printed is shown, and the "
         "value of the last expression too. Tools are global functions (see help(tool)); they may be called from "

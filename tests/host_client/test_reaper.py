@@ -9,9 +9,9 @@ import pytest
 from host_client.errors import ProviderError
 from host_client.owner import Owner
 from host_client.providers.container_spec import ContainerSpec
-from host_client.providers.isolation import Isolation
 from host_client.providers.docker import DockerProvider
 from host_client.providers.fake_engine import FakeEngine
+from host_client.providers.isolation import Isolation
 from host_client.reaper import reap
 from host_client.runtime_dir import RuntimeDir
 from tests.host_client.provider_fixtures import (

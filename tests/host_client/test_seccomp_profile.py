@@ -16,13 +16,18 @@ from host_client.settings import SandboxSettings
 
 FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16}
 
-DENIED = (
-    "io_uring_setup io_uring_enter io_uring_register ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp splice "
-    "vmsplice tee mknod mknodat userfaultfd bpf perf_event_open keyctl add_key request_key mount umount2 move_mount "
-    "fsopen fsconfig fsmount fspick open_tree mount_setattr pivot_root chroot unshare setns reboot kexec_load "
-    "kexec_file_load init_module finit_module delete_module name_to_handle_at open_by_handle_at quotactl quotactl_fd "
-    "acct swapon swapoff settimeofday adjtimex clock_settime clock_adjtime lookup_dcookie shmget semget msgget mq_open"
-).split()
+# fmt: off
+DENIED = [
+    "io_uring_setup", "io_uring_enter", "io_uring_register", "ptrace", "process_vm_readv",
+    "process_vm_writev", "pidfd_getfd", "kcmp", "splice", "vmsplice", "tee", "userfaultfd", "bpf",
+    "perf_event_open", "keyctl", "add_key", "request_key", "mount", "umount2", "move_mount", "fsopen",
+    "fsconfig", "fsmount", "fspick", "open_tree", "mount_setattr", "pivot_root", "chroot", "unshare", "setns",
+    "reboot", "kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module",
+    "name_to_handle_at", "open_by_handle_at", "quotactl", "quotactl_fd", "acct", "swapon", "swapoff",
+    "settimeofday", "adjtimex", "clock_settime", "clock_adjtime", "lookup_dcookie", "shmget", "semget",
+    "msgget", "mq_open",
+]
+# fmt: on
 
 
 def sent(settings: SandboxSettings) -> dict[str, Any]:
@@ -99,6 +104,14 @@ def test_input_cannot_be_pushed_into_a_terminal() -> None:
     assert commands
     assert all(rule["args"][0]["op"] == "SCMP_CMP_EQ" for rule in rules(own_profile(), "ioctl"))
     assert 0x5412 not in commands
+
+
+def test_pipes_with_a_name_can_be_made_but_no_devices() -> None:
+    for name, index in (("mknod", 1), ("mknodat", 2)):
+        [rule] = rules(own_profile(), name)
+        assert rule["action"] == "SCMP_ACT_ALLOW"
+        [condition] = rule["args"]
+        assert condition == {"index": index, "value": 0o170000, "valueTwo": 0o010000, "op": "SCMP_CMP_MASKED_EQ"}
 
 
 def test_the_engine_gets_nothing_that_is_ours_alone() -> None:
