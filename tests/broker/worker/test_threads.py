@@ -95,7 +95,7 @@ def ask():
 t = threading.Thread(target=ask); t.start()
 begun()
 """
-    plane.tools["begun"] = lambda: plane.arrived.acquire()
+    plane.tools["begun"] = lambda: plane.arrived.acquire() and plane.arrived.acquire()  # its own arrival, and slow()'s
     running = worker.begin(code, tools=[tool("slow"), tool("begun")])
     assert running.result().outcome == "ok"
     result = worker.execute("t.join(); seen[0]")
