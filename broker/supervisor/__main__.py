@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import socket
 import sys
 from pathlib import Path
 
 from broker.protocol.reading import BadRequest
+from broker.supervisor import confinement, prctl
 from broker.supervisor.config import SupervisorConfig
 
 
@@ -38,13 +40,12 @@ def main(arguments: list[str]) -> int:
 
 def _serve(config: SupervisorConfig, link: socket.socket, broker_pid: int | None) -> int:
     # Loaded only now, while the broker starts beside us.
-    from broker.supervisor import prctl
     from broker.supervisor.core import Supervisor
 
     importlib.import_module("broker.worker.main")  # the workers inherit it
     if os.getpid() != 1:
         prctl.become_subreaper()
-    return Supervisor(config, link, broker_pid).run()
+    return Supervisor(config, link, broker_pid, confinement.for_workers(config)).run()
 
 
 def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str) -> int:
@@ -55,10 +56,14 @@ def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str
         return pid
     try:
         os.set_inheritable(link.fileno(), True)
+        ruleset = confinement.for_broker(config)
         if config.broker_uid is not None and config.broker_gid is not None:
-            os.setgroups([])
-            os.setresgid(config.broker_gid, config.broker_gid, config.broker_gid)
-            os.setresuid(config.broker_uid, config.broker_uid, config.broker_uid)
+            prctl.become_user(config.broker_uid, config.broker_gid)
+            # It writes to sockets and to its log's pipe, never to a file: what is mounted from the host stays small.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        if ruleset is not None:
+            prctl.set_no_new_privileges()
+            ruleset.restrict_self()
         os.umask(0o077)
         package_folder = str(Path(__file__).resolve().parents[2])
         environment = {

@@ -2,7 +2,8 @@
 
 Written by the host's provider. What the container must bring along:
 
-- ``--cap-drop ALL --cap-add SETUID --cap-add SETGID --cap-add KILL``, user 0, ``no-new-privileges``, read-only root.
+- ``--cap-drop ALL`` and ``--cap-add`` for SETUID, SETGID, KILL and SETPCAP; user 0, ``no-new-privileges``, read-only
+  root.
 - ``/run/rlm-sandbox/host``: a bind mount of a directory that is owned by ``broker_uid``, mode 0700.
 - ``/run/rlm-sandbox/guest``: a tmpfs with the options
   ``rw,nosuid,nodev,noexec,size=64k,mode=0711,uid=<broker_uid>,gid=<broker_gid>``.
@@ -45,6 +46,7 @@ class SupervisorConfig:
         broker_site: Folder with the broker's packages, or None.
         guest_site: Folder with generated code's packages, or None.
         allowed_host_uids: Who may speak on the host's socket, beside the broker's own uid.
+        landlock: Whether broker and sessions restrict themselves, where the kernel can (see ``confinement``).
     """
 
     broker_uid: int | None = None
@@ -61,6 +63,7 @@ class SupervisorConfig:
     broker_site: str | None = None
     guest_site: str | None = None
     allowed_host_uids: tuple[int, ...] = (0,)
+    landlock: bool = False
 
     @property
     def separate_users(self) -> bool:
@@ -104,6 +107,7 @@ class SupervisorConfig:
             broker_site=read.optional_text("broker_site"),
             guest_site=read.optional_text("guest_site"),
             allowed_host_uids=tuple(_uid(uid) for uid in read.items("allowed_host_uids", [0])),
+            landlock=read.flag("landlock", False),
         )
         users = {config.broker_uid is None, config.broker_gid is None, config.guest_uid_base is None}
         if len(users) != 1:

@@ -16,6 +16,7 @@ from typing import Any
 
 from broker.supervisor import link
 from broker.supervisor.config import SupervisorConfig
+from broker.supervisor.landlock import Ruleset
 from broker.supervisor.oom import OomCounter
 from broker.supervisor.sweeping import GroupSweeper, Sweeper, UidSweeper
 from broker.supervisor.worker_child import run_worker
@@ -47,10 +48,14 @@ class Supervisor:
         config: The configuration.
         broker: Our end of the socket pair.
         broker_pid: The broker's pid where it is our child, else None.
+        ruleset: What sessions may touch, or None.
     """
 
-    def __init__(self, config: SupervisorConfig, broker: socket.socket, broker_pid: int | None) -> None:
+    def __init__(
+        self, config: SupervisorConfig, broker: socket.socket, broker_pid: int | None, ruleset: Ruleset | None = None
+    ) -> None:
         self._config, self._broker, self._broker_pid = config, broker, broker_pid
+        self._ruleset = ruleset
         self._sweeper: Sweeper = UidSweeper(config) if config.separate_users else GroupSweeper()
         self._workers: dict[int, int] = {}  # slot -> pid
         self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
@@ -122,10 +127,10 @@ class Supervisor:
 
     def _ended(self, pid: int, status: int) -> None:
         if pid == self._broker_pid:
-            reason = exit_reason(status, oom=self._oom.rose())
+            reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
             _say(f"the broker ended: {reason}")
             self._broker_pid = None
-            self._status = 0 if reason == "exited(0)" else 1
+            self._status = own_exit_status(status, reason)
             return
         for slot, worker in list(self._workers.items()):
             if worker == pid:
@@ -163,7 +168,7 @@ class Supervisor:
                 self._tell({"re": message_id, "error": f"fork: {error.strerror}"})
                 return
             if pid == 0:
-                run_worker(self._config, slot, theirs.fileno())
+                run_worker(self._config, slot, theirs.fileno(), self._ruleset)
             self._workers[slot] = self._last_pids[slot] = pid
             self._tell({"re": message_id, "pid": pid}, fd=ours.fileno())
 
@@ -251,6 +256,16 @@ def exit_reason(status: int, *, oom: bool) -> str:
         return f"crashed({signal.Signals(number).name})"
     except ValueError:
         return f"crashed({number})"
+
+
+def own_exit_status(status: int, reason: str) -> int:
+    """Return PID 1's exit status after the broker's end: what a shell gives, so that the engine's reader can tell why.
+
+    137 (SIGKILL) stands for the kernel's kill for lack of memory alone; somebody else's kill is told as SIGTERM.
+    """
+    if not os.WIFSIGNALED(status):
+        return os.WEXITSTATUS(status)
+    return 128 + (signal.SIGTERM if reason == "killed" else os.WTERMSIG(status))
 
 
 def _killed(status: int) -> bool:

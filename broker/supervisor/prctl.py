@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import struct
 
 _PR_SET_PDEATHSIG = 1
+_PR_GET_DUMPABLE = 3
 _PR_SET_DUMPABLE = 4
+_PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+#: ``_LINUX_CAPABILITY_VERSION_3``, for this process.
+_CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
+_MOST_CAPABILITIES = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,6 +41,32 @@ def become_subreaper() -> None:
 def set_no_new_privileges() -> None:
     """Let no later ``exec`` gain privileges."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def is_dumpable() -> bool:
+    """Tell whether processes of the same user may look into this one."""
+    return bool(_libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0))
+
+
+def become_user(uid: int, gid: int) -> None:
+    """Turn root, with CAP_SETUID, CAP_SETGID and CAP_SETPCAP, into a user without any capability, for good."""
+    _drop_bounding_set()
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    if _libc.capset(_CAPABILITY_HEADER, bytes(24)) != 0:  # some engines make them inheritable
+        error = ctypes.get_errno()
+        raise OSError(error, f"capset: {os.strerror(error)}")
+
+
+def _drop_bounding_set() -> None:
+    for capability in range(_MOST_CAPABILITIES):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
+            error = ctypes.get_errno()
+            if error == errno.EINVAL:  # the kernel's last one was before this
+                return
+            raise OSError(error, f"capability {capability} stays in the bounding set: {os.strerror(error)}")
 
 
 def _prctl(option: int, value: int) -> None:

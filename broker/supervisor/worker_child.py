@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from broker.supervisor import prctl
 from broker.supervisor.config import SupervisorConfig
+from broker.supervisor.landlock import Ruleset
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -21,21 +22,19 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 EXIT_NOT_STARTED = 70
 
 
-def run_worker(config: SupervisorConfig, slot: int, channel_fd: int) -> NoReturn:
+def run_worker(config: SupervisorConfig, slot: int, channel_fd: int, ruleset: Ruleset | None) -> NoReturn:
     """Turn this forked process into the worker of ``slot``; never returns.
 
     Args:
         config: The supervisor's.
         slot: The session's slot.
         channel_fd: The worker's end of its channel; every other descriptor is closed.
+        ruleset: What it may touch, or None for whatever users and mounts allow.
     """
     status = EXIT_NOT_STARTED
     try:
         _reset_signals()
-        _close_descriptors(channel_fd)
-        os.setsid()
-        _set_limits(config)
-        _become_guest(config, slot)
+        become_session(config, slot, ruleset, keep={channel_fd})
         _enter_home(config, slot)
         status = _run(config, channel_fd)
     except BaseException as error:
@@ -43,6 +42,23 @@ def run_worker(config: SupervisorConfig, slot: int, channel_fd: int) -> NoReturn
             os.write(2, f"worker of slot {slot}: {type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:
         os._exit(status)
+
+
+def become_session(config: SupervisorConfig, slot: int, ruleset: Ruleset | None, *, keep: set[int]) -> None:
+    """Give up everything that a session must not have: descriptors, limits, users, capabilities, files.
+
+    Args:
+        config: The supervisor's.
+        slot: The session's slot.
+        ruleset: What it may touch, or None.
+        keep: Descriptors that stay open, beside the standard ones.
+    """
+    _close_descriptors(keep if ruleset is None else {*keep, ruleset.fileno()})
+    os.setsid()
+    _set_limits(config)
+    _become_guest(config, slot)
+    if ruleset is not None:
+        ruleset.restrict_self()
 
 
 def _run(config: SupervisorConfig, channel_fd: int) -> int:
@@ -65,12 +81,12 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _close_descriptors(keep: int) -> None:
+def _close_descriptors(keep: set[int]) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    os.closerange(3, keep)
-    os.closerange(keep + 1, highest + 1)
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {0, 1, 2}:
+        with contextlib.suppress(OSError):  # the one that listed them
+            os.close(fd)
 
 
 def _set_limits(config: SupervisorConfig) -> None:
@@ -87,9 +103,7 @@ def _set_limits(config: SupervisorConfig) -> None:
 def _become_guest(config: SupervisorConfig, slot: int) -> None:
     if config.separate_users:
         uid = config.guest_uid(slot)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        prctl.become_user(uid, uid)
     prctl.set_no_new_privileges()
     prctl.set_dumpable(True)  # the change of uid took /proc/self away
     prctl.set_parent_death_signal(signal.SIGKILL)

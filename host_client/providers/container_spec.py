@@ -104,6 +104,7 @@ class ContainerSpec:
             "broker_site": BROKER_SITE,
             "guest_site": GUEST_SITE,
             "allowed_host_uids": [os.geteuid()],
+            "landlock": self.isolation.landlock,
         }
 
     def _identity(self) -> dict[str, Any]:
