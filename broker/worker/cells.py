@@ -6,6 +6,7 @@ import __future__
 import ast
 import collections
 import dataclasses
+import gc
 import inspect
 import linecache
 import re
@@ -82,7 +83,7 @@ def _refuse_giant(source: str) -> None:
 
 def _compile(source: str, filename: str) -> Cell:
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    tree: Any = compile(source, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+    tree = _parse(source, filename, flags)
     statements = tree.body
     if not statements:
         return Cell(None, None)
@@ -94,6 +95,21 @@ def _compile(source: str, filename: str) -> Cell:
         body = compile(tree, filename, "exec", flags, dont_inherit=True)
         flags |= body.co_flags & _FUTURE_FLAGS
     return Cell(body, compile(value, filename, "eval", flags, dont_inherit=True))
+
+
+def _parse(source: str, filename: str, flags: int) -> Any:
+    """Return the syntax tree, without garbage collection.
+
+    In Python 3.11 (seen in 3.11.7) a collection that runs Python code which builds a tree too (asyncio's report of a failed task
+    does) breaks the one being built: "SystemError: AST constructor recursion depth mismatch".
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return compile(source, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Sources:

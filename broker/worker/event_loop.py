@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+import sys
+import types
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
+
+from broker.worker.cells import is_generated
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,6 +39,7 @@ class EventLoop:
 
         if self._loop is None or self._loop.is_closed() or self._loop.is_running():
             self._loop = asyncio.new_event_loop()
+            self._loop.set_exception_handler(_report)
         asyncio.set_event_loop(self._loop)
         return self._loop
 
@@ -53,3 +58,42 @@ class EventLoop:
             if not task.cancelled():
                 task.exception()  # asked for, so that asyncio does not log it
         self._loop = loop
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Let asyncio log what nobody asked for, but no interrupts: they were dealt with."""
+    if not isinstance(context.get("exception"), (KeyboardInterrupt, SystemExit)):
+        loop.default_exception_handler(context)
+
+
+def raise_in_loop(
+    frame: types.FrameType | None, error: type[BaseException], *, still_wanted: Callable[[], bool]
+) -> bool:
+    """Raise an exception from a callback of the event loop whose own code ``frame`` belongs to.
+
+    Raised inside the loop's code, it could strike between taking a task off the queue and running it; then nobody
+    would ever run that task again, not even to cancel it.
+
+    Args:
+        frame: The innermost frame of the calling thread.
+        error: What to raise; asyncio must let it through (KeyboardInterrupt, SystemExit).
+        still_wanted: Asked when the callback runs.
+
+    Returns:
+        False where no loop's code runs there, or generated code runs inside of it; then nothing was done.
+    """
+    base_events = sys.modules.get("asyncio.base_events")
+    if base_events is None:
+        return False
+
+    def raise_now() -> None:
+        if still_wanted():
+            raise error
+
+    run_forever = base_events.BaseEventLoop.run_forever.__code__
+    while frame is not None and not is_generated(frame.f_code):
+        if frame.f_code is run_forever:
+            frame.f_locals["self"].call_soon_threadsafe(raise_now)
+            return True
+        frame = frame.f_back
+    return False

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from broker.worker.current import Current, Execution
+from broker.worker.event_loop import raise_in_loop
 from broker.worker.unwinding import ExecutionSubmitted, Unwinding, is_below
 
 T = TypeVar("T")
@@ -59,7 +60,9 @@ class Interrupts:
             return  # Not begun yet: the REPL looks at the count before it runs anything.
         if execution.interrupts == 1:
             self._on_interrupt()
-        elif execution.unwinding is None:
+            self._raise(execution, frame, KeyboardInterrupt)
+            return
+        if execution.unwinding is None:
             execution.unwinding = Unwinding(KeyboardInterrupt)
             execution.unwinding.start(frame)
         elif not execution.unwinding.remind(frame):
@@ -71,6 +74,12 @@ class Interrupts:
         if execution.unwinding is None:
             execution.unwinding = Unwinding(ExecutionSubmitted)
             execution.unwinding.start(frame)
-        elif not execution.unwinding.remind(frame):
-            return
-        raise ExecutionSubmitted
+            execution.unwinding.watch()
+            self._raise(execution, frame, ExecutionSubmitted)
+        elif execution.unwinding.remind(frame):
+            raise ExecutionSubmitted
+
+    def _raise(self, execution: Execution, frame: types.FrameType, error: type[BaseException]) -> None:
+        """Raise here, or from a callback where an event loop's own code runs."""
+        if not raise_in_loop(frame, error, still_wanted=lambda: self._current.execution is execution):
+            raise error

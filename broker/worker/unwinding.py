@@ -84,6 +84,14 @@ class Unwinding:
             sys.setprofile(profile)
             sys.settrace(trace)
 
+    def watch(self) -> None:
+        """Something still runs: see that it does not run for long. Only the main thread can be signalled."""
+        if self._watched or threading.get_ident() != threading.main_thread().ident:
+            return
+        self._watched = True
+        with contextlib.suppress(RuntimeError):  # no thread to be had: the deadline remains
+            _start_new_thread(self._send_reminders, ())
+
     def _arm(self, frame: types.FrameType | None) -> None:
         while frame is not None:
             if is_generated(frame.f_code):
@@ -96,7 +104,7 @@ class Unwinding:
         if not is_generated(frame.f_code):
             return None
         if event in ("line", "call") and not _leaves_with_block(frame):
-            self._watch()
+            self.watch()
             raise self._error
         return self._trace
 
@@ -107,17 +115,9 @@ class Unwinding:
                 self.stop()
                 return
         else:
-            self._watch()
+            self.watch()
         if sys.gettrace() is None and not self._stopped:
             self._arm(frame)
-
-    def _watch(self) -> None:
-        """Something still runs: see that it does not run for long. Only the main thread can be signalled."""
-        if self._watched or threading.get_ident() != threading.main_thread().ident:
-            return
-        self._watched = True
-        with contextlib.suppress(RuntimeError):  # no thread to be had: the deadline remains
-            _start_new_thread(self._send_reminders, ())
 
     def _send_reminders(self) -> None:
         delay_s = _FIRST_REMINDER_S

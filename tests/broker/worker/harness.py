@@ -36,7 +36,8 @@ _CHILD = """
 import os, socket, sys
 try:
     import coverage
-    measured = coverage.process_startup()
+    coverage.process_startup()
+    measured = coverage.Coverage.current()
 except ImportError:
     measured = None
 from broker.worker.main import run
@@ -142,7 +143,8 @@ class WorkerProcess:
         sent = self.sock.sendmsg([first], rights)
         os.close(writable)
         for piece in (bytes(first)[sent:], *rest):
-            self.sock.sendall(piece)
+            if piece:  # else the worker may be gone already, and need not read any more
+                self.sock.sendall(piece)
         return Running(self, header["execution_id"], readable)
 
     def execute(self, code: str, variables: dict[str, Any] | None = None, **fields: Any) -> Result:

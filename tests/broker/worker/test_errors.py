@@ -191,3 +191,11 @@ def test_old_sources_are_forgotten_but_not_those_of_living_functions(worker: Wor
     names = worker.execute("sum(name.startswith('<execution') for name in linecache.cache)").value
     assert names <= 300
     assert "return 2 * n" in worker.execute("inspect.getsource(double)").value
+
+
+def test_code_that_parses_during_garbage_collection_does_not_break_the_next_compilation(worker: WorkerProcess) -> None:
+    hook = "gc.callbacks.append(lambda *a: ast.parse('((1+2)+3)*[1,2,f(x)(y)]'))"
+    worker.execute(f"import ast, gc\n{hook}\ngc.set_threshold(1)")
+    cell = "def f(a):\n    return [x+1 for x in (a, (1+2)*3, {'k': [1, 2, 3]})]\n"
+    result = worker.execute(cell * 20 + "gc.isenabled()")
+    assert (result.outcome, result.value) == ("ok", True), result.error

@@ -171,9 +171,11 @@ def test_tiny_recursion_limit_does_not_end_the_session(worker: WorkerProcess) ->
 
 def test_trace_function_left_behind_does_not_reach_the_worker(worker: WorkerProcess) -> None:
     worker.execute(
-        "import sys\ndef t(*a): raise ValueError('traced')\nsys.settrace(t); sys.setprofile(lambda *a: None)"
+        "import sys\nhooks = sys.gettrace(), sys.getprofile()\n"
+        "def t(*a): raise ValueError('traced')\n"
+        "sys.settrace(t); sys.setprofile(lambda *a: None)"
     )
-    assert worker.execute("sys.gettrace(), sys.getprofile()").value == [None, None]
+    assert worker.execute("(sys.gettrace(), sys.getprofile()) == hooks").value is True
 
 
 def test_memory_error_is_survived(worker: WorkerProcess) -> None:

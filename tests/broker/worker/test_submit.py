@@ -154,7 +154,7 @@ def test_changing_the_value_afterwards_changes_nothing(worker: WorkerProcess) ->
 @pytest.mark.parametrize("code", STUBBORN.values(), ids=list(STUBBORN))
 def test_submit_ends_the_execution_at_once_inside_anything(worker: WorkerProcess, code: str) -> None:
     worker.execute(
-        "kept = 5\n"
+        "import sys\nkept, hooks = 5, (sys.gettrace(), sys.getprofile())\n"
         "def keep_trying(f):\n"
         "    while True:\n"
         "        try:\n"
@@ -165,8 +165,8 @@ def test_submit_ends_the_execution_at_once_inside_anything(worker: WorkerProcess
     result = worker.execute("print('before')\n" + code)
     assert submitted(result) == {"output": 1 if "range(3)" not in code else 0}
     assert result.output == "before\n"
-    after = worker.execute("import sys\nprint('after')\n(kept, sys.gettrace(), sys.getprofile())")
-    assert (after.value, after.output) == ([5, None, None], "after\n")
+    after = worker.execute("print('after')\n(kept, (sys.gettrace(), sys.getprofile()) == hooks)")
+    assert (after.value, after.output) == ([5, True], "after\n")
 
 
 @pytest.mark.parametrize(
