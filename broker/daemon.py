@@ -38,6 +38,11 @@ class Linger:
         self._timer: gevent.Greenlet | None = None
         self._wait()
 
+    @property
+    def connections(self) -> int:
+        """How many connections hosts hold."""
+        return self._connected
+
     def connected(self) -> None:
         """A host has connected."""
         self._connected += 1
@@ -87,7 +92,9 @@ class Daemon:
         self._guests: Counter[int] = Counter()
         self._allow_host = only_uids(allowed_host_uids)
         self.sessions = Sessions(spawner, max_sessions=config.max_sessions, log=log, clock=clock)
-        self.host_app = make_host_app(self.sessions, log, name=config.name)
+        self.host_app = make_host_app(
+            self.sessions, log, name=config.name, connections=lambda: self._linger.connections
+        )
         self.guest_app = make_guest_app(self.sessions, log)
         self._linger = Linger(config.linger_s, self._nobody_left)
         self._servers = [

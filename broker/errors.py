@@ -13,6 +13,8 @@
     ├ WrongMethod           405
     ├ SessionBusy           409  an execution is running
     ├ LeaseExpired          409  somebody else holds the call now
+    ├ Fenced                409  another client holds the session now
+    ├ NameTaken             409  another session of this sandbox has that name
     ├ ExecutionEnded        409  a tool call from an execution that is not running
     ├ SessionLost           410  the namespace is gone; ``reason`` says why
     ├ CallGone              410  the call ended without this answer
@@ -106,6 +108,18 @@ class LeaseExpired(BrokerError):
     """The answer arrived after the lease ended and another holder took over; the tool may have run."""
 
     code, status = "lease_expired", 409
+
+
+class Fenced(BrokerError):
+    """The request is of an older epoch: another client attached to the session since. It changed nothing."""
+
+    code, status = "fenced", 409
+
+
+class NameTaken(BrokerError):
+    """Another session of this sandbox has that name."""
+
+    code, status = "session_name_taken", 409
 
 
 class ExecutionEnded(BrokerError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 from flask import Blueprint, Flask, Response, current_app, request
@@ -16,7 +17,7 @@ from broker.errors import LeaseExpired
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
-from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult
+from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult, Verdict
 from broker.protocol.reading import Reader
 from broker.sessions import Sessions
 from broker.tool_calls import ToolCall
@@ -26,6 +27,9 @@ JsonObject = dict[str, Any]
 
 host_api = Blueprint("host", __name__, url_prefix="/v1")
 
+#: A name is for people and for command lines.
+MAX_NAME_CHARS = 64
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostPlane:
@@ -34,12 +38,22 @@ class HostPlane:
     sessions: Sessions
     name: str | None
     started_at: float
+    connections: Callable[[], int]
 
 
-def make_host_app(sessions: Sessions, log: Log, *, name: str | None) -> Flask:
-    """Return the app of the host plane."""
+def make_host_app(
+    sessions: Sessions, log: Log, *, name: str | None, connections: Callable[[], int] = lambda: 1
+) -> Flask:
+    """Return the app of the host plane.
+
+    Args:
+        sessions: What it is about.
+        log: For defects.
+        name: The sandbox's.
+        connections: Returns how many connections hosts hold.
+    """
     app = make_app("host", log)
-    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic())
+    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic(), connections)
     app.register_blueprint(host_api)
     return app
 
@@ -57,15 +71,16 @@ def health() -> Response:
             "sessions": len(plane.sessions),
             "uptime_s": round(time.monotonic() - plane.started_at, 3),
             "name": plane.name,
+            "connections": plane.connections(),
         }
     )
 
 
 @host_api.post("/sessions")
 def open_session() -> Response:
-    """201: a new session. 429 ``too_many_sessions``; 503 ``session_start_failed``."""
-    read_optional_body(request)
-    return reply(_describe(_plane().sessions.open()), status=201)
+    """201: a new session. Body: ``{"name"}`` or none. 409 ``session_name_taken``; 429 ``too_many_sessions``; 503."""
+    name = Reader(read_optional_body(request), "session").optional_text("name", max_chars=MAX_NAME_CHARS)
+    return reply(_describe(_plane().sessions.open(name)), status=201)
 
 
 @host_api.get("/sessions")
@@ -80,16 +95,26 @@ def show_session(session_id: str) -> Response:
     return reply(_describe(_plane().sessions[session_id]))
 
 
+@host_api.post("/sessions/<session_id>/attach")
+def attach(session_id: str) -> Response:
+    """200: Attached; the session is the caller's. Body: ``{"epoch"}`` or none. 409 ``fenced``; 410 ``session_lost``."""
+    session = _plane().sessions[session_id]
+    read = Reader(read_optional_body(request), "attach")
+    expected = read.integer("epoch", low=1) if read.has("epoch") else None
+    return reply(session.attach(expected).to_json())
+
+
 @host_api.delete("/sessions/<session_id>")
 def close_session(session_id: str) -> Response:
-    """200: its processes and files are gone. 404 ``unknown_session``."""
+    """200: its processes and files are gone. 404 ``unknown_session``; 409 ``fenced``."""
+    _check_epoch(_plane().sessions[session_id])
     _plane().sessions.close(session_id)
     return reply({"session_id": session_id, "state": "closed"})
 
 
 @host_api.post("/sessions/<session_id>/executions")
 def execute(session_id: str) -> Response:
-    """200: Progress. Body: ExecuteRequest. 409 ``session_busy``; 410 ``session_lost``."""
+    """200: Progress. Body: ExecuteRequest. 409 ``session_busy``, ``fenced``; 410 ``session_lost``."""
     session = _plane().sessions[session_id]
     header, blobs, _ = read_body(request)
     query = request.args
@@ -99,6 +124,7 @@ def execute(session_id: str) -> Response:
         lease_s=query_number(query, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
         start=query_number(query, "start", 1) != 0,
     )
+    _check_epoch(session)  # after the body was read, which may have taken a while
     return _progress(session.run(ExecuteRequest.from_json(header), blobs, wanted, connection_of(request).still_there))
 
 
@@ -107,6 +133,7 @@ def claim_tool_calls(session_id: str) -> Response:
     """200: Progress, as soon as there are claims or the execution has ended. Body: ClaimRequest."""
     session = _plane().sessions[session_id]
     wanted = ClaimRequest.from_json(read_body(request, max_bytes=limits.MAX_HEADER_BYTES)[0])
+    _check_epoch(session)
     return _progress(session.claim(wanted, connection_of(request).still_there))
 
 
@@ -122,6 +149,7 @@ def interrupt_execution(execution_id: str) -> Response:
     """200: Progress; the interrupt is on its way, or the execution had ended. 404 ``unknown_execution``."""
     read_optional_body(request)
     session, execution = _plane().sessions.execution(execution_id)
+    _check_epoch(session)
     return _progress(session.interrupt(execution))
 
 
@@ -136,8 +164,17 @@ def show_tool_call(call_id: str) -> Response:
 def start_tool_call(call_id: str) -> Response:
     """200: the host may run the tool now. Body: ``{"attempt"}``. 409 ``lease_expired``; 410 ``call_gone``."""
     attempt = Reader(read_body(request, max_bytes=1 << 20)[0], "start").integer("attempt", low=1)
-    session, _ = _plane().sessions.tool_call(call_id)
+    session = _holder(call_id)
     return reply(_describe_call(session, session.core.tool_calls.start(call_id, attempt)))
+
+
+@host_api.post("/tool-calls/<call_id>/resolve")
+def resolve_tool_call(call_id: str) -> Response:
+    """200: done. Body: ``{"attempt", "state": "queued" | "unknown"}``. 409 ``lease_expired``; 410 ``call_gone``."""
+    read = Reader(read_body(request, max_bytes=1 << 20)[0], "resolve")
+    attempt, verdict = read.integer("attempt", low=1), read.member("state", Verdict)
+    session = _holder(call_id)
+    return reply(_describe_call(session, session.resolve_call(call_id, attempt, verdict)))
 
 
 @host_api.post("/tool-calls/<call_id>/heartbeat")
@@ -147,6 +184,7 @@ def renew_lease(call_id: str) -> Response:
     attempt = read.integer("attempt", low=1)
     lease_s = read.number("lease_s", limits.DEFAULT_LEASE_S, low=0.01, high=86_400)
     session, call = _plane().sessions.tool_call(call_id)
+    _check_epoch(session)
     if not session.renew_call(call_id, attempt, lease_s):
         raise LeaseExpired(f"attempt {attempt} does not hold the call {call_id}, which is {call.state.value}")
     return reply(_describe_call(session, call))
@@ -156,9 +194,21 @@ def renew_lease(call_id: str) -> Response:
 def answer_tool_call(call_id: str) -> Response:
     """200: stored. Body: ToolResult. 404 ``unknown_call``; 409 ``lease_expired``; 410 ``call_gone``."""
     header, blobs, size = read_body(request, max_bytes=limits.MAX_TOOL_CALL_BYTES)
-    session, _ = _plane().sessions.tool_call(call_id)
+    session = _holder(call_id)
     call = session.finish_call(call_id, ToolResult.from_json(header), blobs, size)
     return reply(_describe_call(session, call))
+
+
+def _check_epoch(session: LiveSession) -> None:
+    """Refuse a client that no longer holds the session; one that names no epoch is its creator."""
+    session.core.check_epoch(int(query_number(request.args, "epoch", 1, low=1, high=1 << 53)))
+
+
+def _holder(call_id: str) -> LiveSession:
+    """Return the session of a call, whose holder must be asking."""
+    session, _ = _plane().sessions.tool_call(call_id)
+    _check_epoch(session)
+    return session
 
 
 def _plane() -> HostPlane:
@@ -174,6 +224,8 @@ def _describe(session: LiveSession) -> JsonObject:
     core = session.core
     return {
         "session_id": core.session_id,
+        "name": core.name,
+        "epoch": core.epoch,
         "slot": core.slot,
         "state": "lost" if core.lost is not None else "idle" if core.running is None else "running",
         "lost": core.lost,

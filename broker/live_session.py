@@ -10,13 +10,16 @@ from broker.executions import Execution
 from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
+    Attached,
     Claim,
     ClaimRequest,
     ExecuteRequest,
     Progress,
+    StartedCall,
     ToolCallRequest,
     ToolCallStatus,
     ToolResult,
+    Verdict,
 )
 from broker.session import Session
 from broker.tool_calls import Clock, ToolCall
@@ -36,9 +39,12 @@ class LiveSession:
         slot: Its slot.
         worker: A started worker.
         clock: Monotonic seconds.
+        name: Chosen by the host, or None.
     """
 
-    def __init__(self, session_id: str, slot: int, worker: WorkerLink, clock: Clock) -> None:
+    def __init__(
+        self, session_id: str, slot: int, worker: WorkerLink, clock: Clock, *, name: str | None = None
+    ) -> None:
         self._news = Bell()
         self._readers: dict[str, Bell] = {}
         self._incoming_bytes = 0
@@ -50,8 +56,24 @@ class LiveSession:
             on_news=self._news.ring,
             on_call_ended=self._call_ended,
             on_deadline=self._deadline_moved,
+            name=name,
         )
         self._alarm = Alarm(self.core.next_deadline, self.core.tick, clock)
+
+    def attach(self, expected: int | None) -> Attached:
+        """Give the session to a new client; requests of the old one that wait are refused at once."""
+        started = self.core.attach(expected)
+        execution = self.core.running or self.core.executions.latest()
+        return Attached(
+            epoch=self.core.epoch,
+            execution_id=None if execution is None else execution.execution_id,
+            running=execution is not None and execution.running,
+            started=tuple(_started(call) for call in started),
+        )
+
+    def resolve_call(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
+        """Take the holder's word for a call that an older one had started."""
+        return self.core.tool_calls.resolve(call_id, attempt, verdict)
 
     def run(
         self, request: ExecuteRequest, blobs: Sequence[Blob], wanted: ClaimRequest, still_there: Callable[[], bool]
@@ -136,14 +158,17 @@ class LiveSession:
         lost: tuple[str, ...] = (),
     ) -> WithBlobs:
         queue, core = self.core.tool_calls, self.core
+        epoch = core.epoch  # the caller's, checked a moment ago
 
         def ready() -> bool:
             ended = core.lost is not None if execution is None else execution.result is not None
-            return ended or (wanted.limit > 0 and queue.claimable > 0)
+            return ended or core.epoch != epoch or (wanted.limit > 0 and queue.claimable > 0)
 
         wait_s = min(wanted.wait_s, limits.MAX_WAIT_S)
         if wait_s > 0:
             self._news.wait_until(ready, wait_s)
+        if wanted.limit:
+            core.check_epoch(epoch)
         taken: list[ToolCall] = []
         if wanted.limit and queue.claimable and still_there():
             taken = queue.claim(limit=wanted.limit, lease_s=wanted.lease_s, start=wanted.start)
@@ -157,6 +182,17 @@ class LiveSession:
 
     def _deadline_moved(self) -> None:
         self._alarm.check()
+
+
+def _started(call: ToolCall) -> StartedCall:
+    return StartedCall(
+        call_id=call.call_id,
+        attempt=call.attempt,
+        key=call.key,
+        tool=call.request.tool,
+        execution_id=call.request.execution_id,
+        idempotent=call.idempotent,
+    )
 
 
 def _pack(execution: Execution | None, taken: Sequence[ToolCall], lease_s: float, lost: tuple[str, ...]) -> WithBlobs:
@@ -176,6 +212,7 @@ def _pack(execution: Execution | None, taken: Sequence[ToolCall], lease_s: float
                 execution_id=call.request.execution_id,
                 lease_s=lease_s,
                 blob_range=(first, len(blobs)),
+                key=call.key,
             )
         )
     if execution is None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from broker.errors import ExecutionEnded, SessionBusy, SessionLost, UnknownExecution, UnknownTool
+from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
 from broker.executions import Execution, ExecutionStore, explain
 from broker.output import Output
 from broker.protocol import limits, reading
@@ -77,6 +77,10 @@ class Session:
         on_news: Told when a call became claimable or an execution ended.
         on_call_ended: Told of each tool call that reached a terminal state.
         on_deadline: Told that ``next_deadline`` may have moved.
+        name: Chosen by the host, to find the session by; or None.
+
+    Attributes:
+        epoch: Counts the clients that held the session; the newest one alone is listened to.
     """
 
     def __init__(
@@ -89,12 +93,15 @@ class Session:
         on_news: Callable[[], None] = lambda: None,
         on_call_ended: Callable[[ToolCall], None] = lambda call: None,
         on_deadline: Callable[[], None] = lambda: None,
+        name: str | None = None,
     ) -> None:
-        self.session_id, self.slot = session_id, slot
+        self.session_id, self.slot, self.name = session_id, slot, name
+        self.epoch = 1
         self.lost: str | None = None
         self.created_at = clock()
         self.executions = ExecutionStore()
         self.tool_names: frozenset[str] = frozenset()
+        self._idempotent: frozenset[str] = frozenset()
         self.tool_calls = ToolCallQueue(clock=clock, on_queued=self._call_queued, on_ended=self._call_ended)
         self._worker, self._clock = worker, clock
         self._on_news, self._on_call_ended, self._on_deadline = on_news, on_call_ended, on_deadline
@@ -110,6 +117,37 @@ class Session:
     def running(self) -> Execution | None:
         """The execution that runs now."""
         return self._running
+
+    def attach(self, expected: int | None) -> list[ToolCall]:
+        """Give the session to a new client, and return the calls that the old one had started.
+
+        Args:
+            expected: The epoch that the caller has seen; None to take the session whoever has it.
+
+        Raises:
+            Fenced: Somebody else attached since.
+            SessionLost: The namespace is gone.
+        """
+        if self.lost is not None:
+            raise SessionLost(self.lost)
+        if expected is not None:
+            self.check_epoch(expected)
+        self.epoch += 1
+        started = self.tool_calls.take_over()
+        self._on_deadline()
+        self._on_news()
+        return started
+
+    def check_epoch(self, epoch: int) -> None:
+        """Refuse a client that does not hold the session (any more).
+
+        Raises:
+            Fenced: It is of another epoch.
+        """
+        if epoch != self.epoch:
+            raise Fenced(
+                f"another client holds this session: this request is of epoch {epoch}, the session of {self.epoch}"
+            )
 
     def age_s(self) -> float:
         """Return the seconds since the session was opened."""
@@ -131,6 +169,7 @@ class Session:
             raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
         if request.tools is not None:
             self.tool_names = frozenset(tool.name for tool in request.tools)
+            self._idempotent = frozenset(tool.name for tool in request.tools if tool.idempotent)
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
         self._running = execution
         self.executions.add(execution)
@@ -165,7 +204,7 @@ class Session:
         if request.tool not in self.tool_names:
             names = ", ".join(sorted(self.tool_names)) or "none"
             raise UnknownTool(f"there is no tool {request.tool!r}; the tools of this session: {names[:2000]}")
-        return self.tool_calls.submit(request, blobs, size=size)
+        return self.tool_calls.submit(request, blobs, size=size, idempotent=request.tool in self._idempotent)
 
     def interrupt(self, execution: Execution) -> None:
         """Stop an execution at the host's request; one that has ended, or is being stopped, is left alone."""

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 
-from broker.errors import TooManySessions, UnknownCall, UnknownExecution, UnknownSession
+from broker.errors import NameTaken, TooManySessions, UnknownCall, UnknownExecution, UnknownSession
 from broker.executions import Execution
 from broker.live_session import LiveSession
 from broker.logs import Log
@@ -92,21 +92,35 @@ class Sessions:
             raise UnknownSession(f"no session {session_id[:64]!r}")
         return session
 
-    def open(self) -> LiveSession:
+    def open(self, name: str | None = None) -> LiveSession:
         """Start a worker and open a session on it. Waits until the worker is ready.
 
+        Args:
+            name: To find it by; or None.
+
         Raises:
+            NameTaken: A living session has that name.
             TooManySessions: Every slot is taken.
             SessionStartFailed: The worker did not start.
         """
+        self._check_name(name)
         slot = self._slots.take()
         worker = WorkerLink(slot, self._spawner, lambda: self._sweeping(slot), lambda clean: self._swept(slot, clean))
         worker.start()
-        session = LiveSession(f"s-{secrets.token_hex(8)}", slot, worker, self._clock)
+        try:
+            self._check_name(name)  # again: another one may have started meanwhile
+        except NameTaken:
+            worker.kill()
+            raise
+        session = LiveSession(f"s-{secrets.token_hex(8)}", slot, worker, self._clock, name=name)
         self._by_id[session.core.session_id] = self._by_slot[slot] = session
         worker.attach(session.core)
         self._log.event("session_opened", session=session.core.session_id, slot=slot)
         return session
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and any(s.core.name == name and s.core.lost is None for s in self):
+            raise NameTaken(f"a session {name!r} is open already; attach to it, or choose another name")
 
     def close(self, session_id: str) -> None:
         """End a session and wait until its slot is swept."""

@@ -16,7 +16,7 @@ from typing import Any
 from broker.errors import CallGone, LeaseExpired, TooManyCalls, UnknownCall
 from broker.protocol import limits
 from broker.protocol.frames import Blob
-from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult
+from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult, Verdict
 
 Clock = Callable[[], float]
 
@@ -35,7 +35,15 @@ _ALLOWED: dict[CallState, frozenset[CallState]] = {
         {CallState.QUEUED, CallState.STARTED, CallState.DONE, CallState.FAILED, CallState.CANCELLED, CallState.EXPIRED}
     ),
     CallState.STARTED: frozenset(
-        {CallState.DONE, CallState.FAILED, CallState.UNKNOWN, CallState.CANCELLED, CallState.EXPIRED}
+        # QUEUED: only by the word of a new holder, see ``resolve``.
+        {
+            CallState.QUEUED,
+            CallState.DONE,
+            CallState.FAILED,
+            CallState.UNKNOWN,
+            CallState.CANCELLED,
+            CallState.EXPIRED,
+        }
     ),
     CallState.DONE: frozenset(),
     CallState.FAILED: frozenset(),
@@ -72,6 +80,9 @@ class ToolCall:
         attempt: How often it was claimed.
         result_size: Bytes of the answer.
         lease_until: Clock time at which the claim is taken away, or None while nobody holds it.
+        idempotent: Whether its tool was declared so.
+        orphaned: It was started, and its holder has fallen silent or was replaced; ``lease_until`` is when it is
+            given up.
     """
 
     call_id: str
@@ -85,6 +96,13 @@ class ToolCall:
     value: Any = None
     error: ErrorInfo | None = None
     value_blobs: Sequence[Blob] = ()
+    idempotent: bool = False
+    orphaned: bool = False
+
+    @property
+    def key(self) -> str:
+        """Idempotency key. Not the caller's own key: generated code could give two calls the same."""
+        return self.call_id
 
     @property
     def ended(self) -> bool:
@@ -101,6 +119,8 @@ class ToolCallQueue:
         on_ended: Told of each call that reached a terminal state.
         max_open: Calls open at once.
         max_open_bytes: Bytes of arguments held for open calls.
+        grace_s: How long a started call without a holder is kept for an answer or for a new holder, in seconds; None for
+            ``limits.ATTACH_GRACE_S``.
     """
 
     def __init__(
@@ -111,10 +131,12 @@ class ToolCallQueue:
         on_ended: Callable[[ToolCall], None] = lambda call: None,
         max_open: int = limits.MAX_PENDING_TOOL_CALLS,
         max_open_bytes: int = limits.MAX_TOOL_CALL_BYTES,
+        grace_s: float | None = None,
     ) -> None:
         self._clock = clock
         self._on_queued, self._on_ended = on_queued, on_ended
         self._max_open, self._max_open_bytes = max_open, max_open_bytes
+        self._grace_s = grace_s
         self._prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         # A call is in _open until it ends, then in _unread until its caller had the outcome, then in _read for a
@@ -151,13 +173,16 @@ class ToolCallQueue:
         """Return a call, open or recently ended, or None."""
         return self._open.get(call_id) or self._unread.get(call_id) or self._read.get(call_id)
 
-    def submit(self, request: ToolCallRequest, blobs: Sequence[Blob] = (), *, size: int = 0) -> ToolCall:
+    def submit(
+        self, request: ToolCallRequest, blobs: Sequence[Blob] = (), *, size: int = 0, idempotent: bool = False
+    ) -> ToolCall:
         """Queue a call; the same ``key`` again gives the same call.
 
         Args:
             request: The call.
             blobs: Raw parts of its arguments.
             size: Bytes of the whole request.
+            idempotent: Whether the tool was declared so.
 
         Raises:
             TooManyCalls: Too many calls, or bytes of arguments, are open.
@@ -169,7 +194,7 @@ class ToolCallQueue:
             raise TooManyCalls(f"{self._max_open} tool calls are waiting already")
         if self._open and self._open_bytes + size > self._max_open_bytes:
             raise TooManyCalls(f"more than {self._max_open_bytes} bytes of tool arguments are waiting")
-        call = ToolCall(f"{self._prefix}{next(self._numbers):x}", request, blobs, size)
+        call = ToolCall(f"{self._prefix}{next(self._numbers):x}", request, blobs, size, idempotent=idempotent)
         self._open[call.call_id] = call
         self._queued[call.call_id] = call
         self._by_key[request.execution_id, request.key] = call.call_id
@@ -221,6 +246,36 @@ class ToolCallQueue:
                 self._lease(call, lease_s)
         return lost
 
+    def take_over(self) -> list[ToolCall]:
+        """A new client holds the session: hand out anew what never started, and return what did.
+
+        The started ones wait for ``finish`` or ``resolve``, and are given up after the grace.
+        """
+        self.expire_leases()
+        held = [call for call in self._open.values() if call.state is not CallState.QUEUED]
+        for call in reversed(held):  # each goes to the head of the queue, the oldest last
+            if call.state is CallState.LEASED:
+                self._move(call, CallState.QUEUED)
+        started = [call for call in held if call.state is CallState.STARTED]
+        for call in started:
+            self._orphan(call)
+        return started
+
+    def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
+        """Take a new holder's word for a call that its predecessor had started. The same word again changes nothing.
+
+        Raises:
+            UnknownCall, LeaseExpired, CallGone: As for ``finish``.
+        """
+        call = self.get(call_id)
+        if call.state.value == verdict.value and call.attempt == attempt:
+            return call
+        call = self._held(call_id, attempt)
+        if call.state is not CallState.STARTED:
+            raise LeaseExpired(f"the call {call_id} is {call.state.value}, there is nothing to resolve")
+        self._move(call, CallState(verdict.value))
+        return call
+
     def finish(self, call_id: str, answer: ToolResult, blobs: Sequence[Blob] = (), *, size: int = 0) -> ToolCall:
         """Store the holder's answer. The same attempt again gets the stored outcome and changes nothing.
 
@@ -266,12 +321,21 @@ class ToolCallQueue:
         self._next_lease_end = None
 
     def expire_leases(self) -> None:
-        """Take away what was not renewed: back to the queue if it never started, else its outcome is unknown."""
+        """Take away what was not renewed: back to the queue if it never started.
+
+        What did start is kept for the grace: its holder may still answer or go on, or a new one say how it ended.
+        After that its outcome is unknown.
+        """
         if self._next_lease_end is None or self._clock() < self._next_lease_end:
             return
         now = self._clock()
         for call in [c for c in self._open.values() if c.lease_until is not None and c.lease_until <= now]:
-            self._move(call, CallState.QUEUED if call.state is CallState.LEASED else CallState.UNKNOWN)
+            if call.state is CallState.LEASED:
+                self._move(call, CallState.QUEUED)
+            elif call.orphaned:
+                self._move(call, CallState.UNKNOWN)
+            else:
+                self._orphan(call)
         self._next_lease_end = min(self._lease_ends(), default=None)
 
     def next_lease_end(self) -> float | None:
@@ -282,9 +346,14 @@ class ToolCallQueue:
         return (call.lease_until for call in self._open.values() if call.lease_until is not None)
 
     def _lease(self, call: ToolCall, lease_s: float) -> None:
+        call.orphaned = False
         call.lease_until = self._clock() + lease_s
         if self._next_lease_end is None or call.lease_until < self._next_lease_end:
             self._next_lease_end = call.lease_until
+
+    def _orphan(self, call: ToolCall) -> None:
+        self._lease(call, limits.ATTACH_GRACE_S if self._grace_s is None else self._grace_s)
+        call.orphaned = True
 
     def _held(self, call_id: str, attempt: int) -> ToolCall:
         self.expire_leases()
@@ -300,7 +369,7 @@ class ToolCallQueue:
             raise IllegalTransition(f"{call.call_id}: {call.state.value} -> {to.value}")
         call.state = to
         if to is CallState.QUEUED:
-            call.lease_until = None
+            call.lease_until, call.orphaned = None, False
             self._queued[call.call_id] = call
             self._queued.move_to_end(call.call_id, last=False)  # it has waited longest
             self._on_queued(call)

@@ -47,6 +47,10 @@ INTERRUPT_GRACE_S = 2.0
 #: How many finished executions keep their reply, so that a lost reply can be fetched again.
 STORED_EXECUTIONS = 64
 
+#: A started call whose holder fell silent, or whose session was attached anew, is kept so long for an answer, or for
+#: a word of the new holder; then nobody knows. Not shorter than a sandbox lingers without a host.
+ATTACH_GRACE_S = 60.0
+
 #: Claims handed out at once; also how many tools the host runs at the same time by default.
 DEFAULT_CONCURRENT_TOOL_CALLS = 32
 

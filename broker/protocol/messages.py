@@ -7,6 +7,7 @@ field. Fields called ``value``, ``args``, ``kwargs`` and ``variables`` hold enco
 
 from __future__ import annotations
 
+from broker.protocol.attaching import Attached, StartedCall, Verdict
 from broker.protocol.executions import (
     ErrorInfo,
     ExecuteRequest,
@@ -30,6 +31,7 @@ from broker.protocol.tools import (
 )
 
 __all__ = [
+    "Attached",
     "CallState",
     "Claim",
     "ClaimRequest",
@@ -40,9 +42,11 @@ __all__ = [
     "Outcome",
     "OutputField",
     "Progress",
+    "StartedCall",
     "ToolCallRequest",
     "ToolCallStatus",
     "ToolDefinition",
     "ToolParameter",
     "ToolResult",
+    "Verdict",
 ]

@@ -37,6 +37,7 @@ class Claim:
         execution_id: The execution that made the call.
         lease_s: Seconds until the claim is taken away unless it is renewed.
         blob_range: [first, end) of this claim's blobs in the frame that carries it.
+        key: Idempotency key: the same for every attempt at this call, and for no other call.
     """
 
     call_id: str
@@ -47,6 +48,7 @@ class Claim:
     execution_id: str
     lease_s: float
     blob_range: tuple[int, int] = (0, 0)
+    key: str = ""
 
     def to_json(self) -> JsonObject:
         return {
@@ -58,6 +60,7 @@ class Claim:
             "execution_id": self.execution_id,
             "lease_s": self.lease_s,
             "blob_range": list(self.blob_range),
+            "key": self.key,
         }
 
     @classmethod
@@ -72,6 +75,7 @@ class Claim:
             execution_id=read.text("execution_id", max_chars=64),
             lease_s=read.number("lease_s"),
             blob_range=_range(read.items("blob_range", [0, 0])),
+            key=read.text("key", "", max_chars=64),
         )
 
 

@@ -53,16 +53,24 @@ class ToolDefinition:
         parameters: Its parameters, or None where the host could not read a signature (then anything is passed on).
         doc: Docstring for ``help(tool)``.
         returns: Text of the return annotation, or None.
+        idempotent: Whether the host says that running it twice does no harm: after a crash it is run again.
     """
 
     name: str
     parameters: tuple[ToolParameter, ...] | None
     doc: str = ""
     returns: str | None = None
+    idempotent: bool = False
 
     def to_json(self) -> JsonObject:
         parameters = None if self.parameters is None else [p.to_json() for p in self.parameters]
-        return {"name": self.name, "parameters": parameters, "doc": self.doc, "returns": self.returns}
+        return {
+            "name": self.name,
+            "parameters": parameters,
+            "doc": self.doc,
+            "returns": self.returns,
+            "idempotent": self.idempotent,
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> ToolDefinition:
@@ -75,6 +83,7 @@ class ToolDefinition:
             parameters=parameters,
             doc=read.text("doc", ""),
             returns=read.optional_text("returns"),
+            idempotent=read.flag("idempotent", False),
         )
 
 

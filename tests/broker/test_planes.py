@@ -191,7 +191,10 @@ def test_a_claim_not_yet_started_can_be_started_and_renewed(client: Client) -> N
     assert client.answer(claim["call_id"], 1) == 200
 
 
-def test_a_lost_lease_of_a_started_call_wakes_its_caller_as_unknown(client: Client) -> None:
+def test_a_lost_lease_of_a_started_call_wakes_its_caller_as_unknown(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ATTACH_GRACE_S", 0.05)
     progress = client.run("call", query="&lease_s=0.05")
     _, ended, _ = client.claims(execution_id=progress.execution_id, wait_s=20, limit=0)
     assert ended["result"]["value"]["state"] == "unknown"

@@ -343,6 +343,10 @@ def test_a_lost_lease_is_noticed_without_anybody_asking(session: Session, clock:
     assert session.next_deadline() == clock.now + 7
     clock.advance(7)
     session.tick()
+    assert waiting.orphaned
+    assert session.next_deadline() == clock.now + limits.ATTACH_GRACE_S
+    clock.advance(limits.ATTACH_GRACE_S)
+    session.tick()
     assert waiting.state is CallState.UNKNOWN
     assert session.next_deadline() is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from broker.errors import CallGone, LeaseExpired, TooManyCalls, UnknownCall
+from broker.protocol import limits
 from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult
 from broker.testing import FakeClock
 from broker.tool_calls import REMEMBERED_CALLS, TERMINAL, IllegalTransition, ToolCall, ToolCallQueue
@@ -83,12 +84,16 @@ def test_a_leased_call_whose_lease_is_lost_goes_back_to_the_head_of_the_queue(
     assert (first.attempt, second.attempt) == (2, 1)
 
 
-def test_a_started_call_whose_lease_is_lost_is_unknown_and_never_handed_out_again(
+def test_a_started_call_whose_lease_is_lost_waits_for_its_holder_and_is_then_unknown(
     queue: ToolCallQueue, clock: FakeClock
 ) -> None:
     call = queue.submit(asked())
     queue.claim(limit=1, lease_s=10, start=True)
     clock.advance(10)
+    queue.expire_leases()
+    assert (call.state, call.orphaned) == (CallState.STARTED, True)
+    assert queue.claim(limit=1, lease_s=10) == []
+    clock.advance(limits.ATTACH_GRACE_S)
     queue.expire_leases()
     assert call.state is CallState.UNKNOWN
     assert call.error is not None
@@ -153,6 +158,14 @@ def test_a_renewed_lease_lasts_from_its_renewal(queue: ToolCallQueue, clock: Fak
     assert call.state is CallState.STARTED
     clock.advance(1)
     queue.expire_leases()
+    assert call.orphaned
+    assert queue.renew([(call.call_id, 1)], 10) == []  # nobody replaced the holder: it goes on
+    assert not call.orphaned
+    clock.advance(10 + limits.ATTACH_GRACE_S)
+    queue.expire_leases()
+    assert call.orphaned
+    clock.advance(limits.ATTACH_GRACE_S)
+    queue.expire_leases()
     assert call.state is CallState.UNKNOWN
 
 
@@ -162,7 +175,7 @@ def test_renewing_names_what_is_lost(queue: ToolCallQueue, clock: FakeClock) -> 
     queue.claim(limit=1, lease_s=1)
     queue.finish(done.call_id, answer(1))
     clock.advance(2)
-    queue.expire_leases()
+    queue.expire_leases()  # back in the queue
     wanted = [(held.call_id, 1), (done.call_id, 1), (lost.call_id, 1), ("nobody's", 1), (held.call_id, 2)]
     assert queue.renew(wanted, 10) == [done.call_id, lost.call_id, "nobody's", held.call_id]
 
