@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -202,18 +203,16 @@ def test_forked_child_that_raises_ends_with_a_traceback_and_status_1(worker: Wor
 
 
 def test_child_left_behind_does_not_hold_the_channel_open(worker: WorkerProcess) -> None:
-    code = (
-        "import os, signal\n"
-        "r, w = os.pipe()\n"
-        "if os.fork() == 0:\n"
-        "    os.setsid(); os.close(w); os.read(r, 1); os._exit(0)"
-    )
-    running = worker.begin(code + "\nos.dup(w)")
-    worker.receive()
-    worker.process.kill()
-    worker.process.wait()
-    assert worker.sock.recv(1) == b""  # the end of the channel, although the child may still live
-    os.close(running._pipe)
+    code = "import os, signal\npid = os.fork()\nif pid == 0:\n    signal.pause()\npid"
+    running = worker.begin(code)
+    child = worker.receive()[0]["value"]
+    try:
+        worker.process.kill()
+        worker.process.wait()
+        assert worker.sock.recv(1) == b""  # the end of the channel, although the child lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(running._pipe)
 
 
 def test_modules_in_the_working_directory_can_be_imported(worker: WorkerProcess) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from tests.broker.worker.harness import GuestPlane, WorkerProcess, tool
+from tests.broker.worker.harness import ROOT, GuestPlane, WorkerProcess, tool
 
 BUSY = {
     "python loop": "while True: pass",
@@ -65,6 +67,30 @@ def test_interrupt_between_executions_is_ignored(worker: WorkerProcess) -> None:
     for _ in range(5):
         worker.interrupt()
     assert worker.execute("x").value == 1
+
+
+def test_interrupt_before_the_code_is_remembered_and_nothing_runs() -> None:
+    script = """
+import signal, sys
+from broker.worker.current import Current, Execution
+from broker.worker.interrupts import Interrupts, interruptible
+from broker.worker.repl import Repl
+current = Current()
+current.execution = Execution("x1")
+handler = Interrupts(current, lambda: None)
+handler.restore()
+signal.raise_signal(signal.SIGINT)  # in the worker's own code: must not raise
+print(current.execution.interrupts, Repl().run(current.execution, "print('ran')", {}, []).outcome.value)
+current.execution = Execution("x2")
+try:
+    interruptible(signal.raise_signal, signal.SIGINT)  # C code called by that frame: not below it either
+    interruptible(lambda: signal.raise_signal(signal.SIGINT))
+except KeyboardInterrupt:
+    print(current.execution.interrupts, "raised")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "1 interrupted\n2 raised\n"
 
 
 def test_interrupt_that_comes_with_the_code_is_not_lost(worker: WorkerProcess) -> None:

@@ -109,7 +109,6 @@ def test_parameters_may_have_any_name(worker: WorkerProcess, plane: GuestPlane) 
         "inputs",
         "tool",
         "__debug__",
-        "ﬁx",
     ]
     plane.tools["odd"] = lambda *args, **kwargs: kwargs
     odd = tool("odd", *names, ToolParameter(name="kwargs", kind="var_keyword"))
@@ -122,6 +121,12 @@ def test_parameters_may_have_any_name(worker: WorkerProcess, plane: GuestPlane) 
     kind, message = failure(worker.execute("odd(1)"))
     assert kind == "TypeError"
     assert message.startswith("odd() ")
+
+
+def test_parameter_whose_name_python_would_normalise_keeps_it(worker: WorkerProcess, plane: GuestPlane) -> None:
+    plane.tools["odd"] = lambda **kwargs: kwargs
+    name = "\N{LATIN SMALL LIGATURE FI}x"
+    assert worker.execute("odd(**given)", {"given": {name: 1}}, tools=[tool("odd", name)]).value == {name: 1}
 
 
 def test_dunder_named_tool_works(worker: WorkerProcess, plane: GuestPlane) -> None:
