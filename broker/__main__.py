@@ -12,8 +12,10 @@ import gevent
 
 from broker.daemon import Daemon
 from broker.logs import Log
+from broker.protocol.self_test import Check, SelfTest
 from broker.supervisor import prctl
 from broker.supervisor.config import SupervisorConfig
+from broker.supervisor.proc_status import has_no_capabilities, read_status
 from broker.supervisor_client import SupervisorClient
 
 
@@ -34,11 +36,33 @@ def main(arguments: list[str]) -> int:
         on_gone=lambda: os._exit(1),
     )
     allowed = frozenset({os.geteuid(), *config.allowed_host_uids})
-    daemon = Daemon(config, supervisor, log=log, allowed_host_uids=allowed)
+    daemon = Daemon(
+        config, supervisor, log=log, allowed_host_uids=allowed, self_test=lambda: with_own_check(supervisor, config)
+    )
     gevent.signal_handler(signal.SIGTERM, daemon.stop)
     daemon.start()
     daemon.serve()
     return 0
+
+
+def with_own_check(supervisor: SupervisorClient, config: SupervisorConfig) -> SelfTest:
+    """Return the supervisor's self-test, and what the broker sees of itself."""
+    report: SelfTest = supervisor.self_test.get()
+    status = read_status("self")
+    none, capabilities = has_no_capabilities(status)
+    faults = [
+        *([] if set(os.getresuid()) == {config.broker_uid} else [f"uid {os.geteuid()}"]),
+        *([] if none else [f"capabilities {capabilities}"]),
+        *([] if status.get("NoNewPrivs") == "1" else ["new privileges"]),
+        *(["dumpable"] if prctl.is_dumpable() else []),
+    ]
+    check = Check(
+        name="broker",
+        wanted=f"uid {config.broker_uid}, no capabilities, closed",
+        found=", ".join(faults) or "as wanted",
+        held=not faults,
+    )
+    return SelfTest(checks=(*report.checks, check), limits=report.limits)
 
 
 def _raise_descriptor_limit() -> None:

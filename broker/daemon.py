@@ -13,6 +13,7 @@ from broker.errors import TooManyCalls
 from broker.guest_api import make_guest_app
 from broker.host_api import make_host_app
 from broker.logs import Log
+from broker.protocol.self_test import SelfTest
 from broker.sessions import Sessions
 from broker.spawner import Peer, WorkerSpawner
 from broker.supervisor.config import SupervisorConfig
@@ -76,6 +77,7 @@ class Daemon:
         log: For events.
         allowed_host_uids: Who may speak on the host's socket.
         clock: Monotonic seconds.
+        self_test: Returns what the sandbox found out about itself; may wait for it.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Daemon:
         log: Log,
         allowed_host_uids: frozenset[int],
         clock: Clock = time.monotonic,
+        self_test: Callable[[], SelfTest] = SelfTest,
     ) -> None:
         self._log = log
         self._stopped = Event()
@@ -93,7 +96,11 @@ class Daemon:
         self._allow_host = only_uids(allowed_host_uids)
         self.sessions = Sessions(spawner, max_sessions=config.max_sessions, log=log, clock=clock)
         self.host_app = make_host_app(
-            self.sessions, log, name=config.name, connections=lambda: self._linger.connections
+            self.sessions,
+            log,
+            name=config.name,
+            connections=lambda: self._linger.connections,
+            self_test=self_test,
         )
         self.guest_app = make_guest_app(self.sessions, log)
         self._linger = Linger(config.linger_s, self._nobody_left)

@@ -19,6 +19,7 @@ from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult, Verdict
 from broker.protocol.reading import Reader
+from broker.protocol.self_test import SelfTest
 from broker.sessions import Sessions
 from broker.tool_calls import ToolCall
 from broker.web import connection_of, make_app, query_number
@@ -39,10 +40,16 @@ class HostPlane:
     name: str | None
     started_at: float
     connections: Callable[[], int]
+    self_test: Callable[[], SelfTest]
 
 
 def make_host_app(
-    sessions: Sessions, log: Log, *, name: str | None, connections: Callable[[], int] = lambda: 1
+    sessions: Sessions,
+    log: Log,
+    *,
+    name: str | None,
+    connections: Callable[[], int] = lambda: 1,
+    self_test: Callable[[], SelfTest] = SelfTest,
 ) -> Flask:
     """Return the app of the host plane.
 
@@ -51,9 +58,10 @@ def make_host_app(
         log: For defects.
         name: The sandbox's.
         connections: Returns how many connections hosts hold.
+        self_test: Returns what the sandbox found out about itself; may wait for it.
     """
     app = make_app("host", log)
-    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic(), connections)
+    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic(), connections, self_test)
     app.register_blueprint(host_api)
     return app
 
@@ -74,6 +82,12 @@ def health() -> Response:
             "connections": plane.connections(),
         }
     )
+
+
+@host_api.get("/self-test")
+def self_test() -> Response:
+    """200: SelfTest, what the sandbox found out about its isolation when it started."""
+    return reply(_plane().self_test().to_json())
 
 
 @host_api.post("/sessions")

@@ -13,6 +13,7 @@ import gevent
 from gevent.event import AsyncResult
 
 from broker.errors import SessionStartFailed
+from broker.protocol.self_test import SelfTest
 from broker.spawner import Peer
 from broker.supervisor import link
 
@@ -36,6 +37,9 @@ class SupervisorClient:
         guest_uid_base: Uid of slot 0, or None where every process has the same uid (tests).
         max_slots: Number of slots.
         on_gone: Called once when the supervisor is gone.
+
+    Attributes:
+        self_test: Set to what the supervisor found out at its start.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class SupervisorClient:
     ) -> None:
         sock.setblocking(False)
         self._sock, self._base, self._max_slots, self._on_gone = sock, guest_uid_base, max_slots, on_gone
+        self.self_test: AsyncResult = AsyncResult()
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[Reply, list[int]], None]] = {}
         self._running: dict[int, _Running] = {}
@@ -116,6 +121,9 @@ class SupervisorClient:
             self._on_gone()
             return
         message, fds = received
+        if "self_test" in message:
+            self.self_test.set(SelfTest.from_json(message["self_test"]))
+            return
         if "exited" in message:
             worker = self._running.get(message["exited"])
             if worker is not None and worker.pid == message["pid"]:

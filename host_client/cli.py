@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     logs = add_named("logs", _logs, "a sandbox's structured logs")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until interrupted")
     add_named("devsh", _devsh, "a shell inside a sandbox")
+    add("doctor", _doctor, "does the boundary hold on this machine, and what would make it stronger")
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
     add("clean", _clean, "remove our containers, images and cached packages")
     return parser
@@ -135,6 +136,14 @@ def _devsh(parsed: argparse.Namespace) -> int:
 
     prepare(SandboxSettings.from_environment())
     return daemon.devsh(parsed.name)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    import host_client.doctor as doctor
+
+    settings = SandboxSettings.from_environment()
+    prepare(settings)
+    return doctor.run(settings)
 
 
 def _demo(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@
     │ ├ ImageMissing                  the image was never built, or is of another version
     │ ├ ImageBuildFailed
     │ ├ DiskFull
+    │ ├ SandboxTooWeak                it came out weaker than asked for, and was thrown away
     │ ├ BadSetting                    a setting, tool, output field or variable that cannot work
     │ └ UnknownSandbox                no running sandbox has that name
     ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
@@ -26,6 +27,10 @@ installed DSPy expects; see ``host_client.dspy_compat``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.protocol.self_test import Check
 
 
 class SandboxError(Exception):
@@ -78,6 +83,21 @@ class DiskFull(SetupError):
     """No space left where the engine or this package writes."""
 
     code = "disk_full"
+
+
+class SandboxTooWeak(SetupError):
+    """The sandbox, or the engine under it, is weaker than asked for; nothing ran in it, and nothing is left.
+
+    Args:
+        message: Names each check that does not hold.
+        checks: All of them, those that hold too.
+    """
+
+    code = "sandbox_too_weak"
+
+    def __init__(self, message: str, *, checks: Sequence[Check], help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.checks = tuple(checks)
 
 
 class BadSetting(SetupError, ValueError):

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from broker.protocol.reading import BadRequest
+from broker.protocol.self_test import SelfTest
 from broker.supervisor import confinement, prctl
 from broker.supervisor.config import SupervisorConfig
 
@@ -41,11 +42,15 @@ def main(arguments: list[str]) -> int:
 def _serve(config: SupervisorConfig, link: socket.socket, broker_pid: int | None) -> int:
     # Loaded only now, while the broker starts beside us.
     from broker.supervisor.core import Supervisor
+    from broker.supervisor.self_test import run_self_test
 
     importlib.import_module("broker.worker.main")  # the workers inherit it
     if os.getpid() != 1:
         prctl.become_subreaper()
-    return Supervisor(config, link, broker_pid, confinement.for_workers(config)).run()
+    ruleset = confinement.for_workers(config)
+    # Attached, in tests, there is no boundary to look at.
+    self_test = SelfTest() if broker_pid is None else run_self_test(config, broker_pid, ruleset)
+    return Supervisor(config, link, broker_pid, ruleset, self_test).run()
 
 
 def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str) -> int:

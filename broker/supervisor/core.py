@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from broker.protocol.self_test import SelfTest
 from broker.supervisor import link
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.landlock import Ruleset
@@ -49,13 +50,20 @@ class Supervisor:
         broker: Our end of the socket pair.
         broker_pid: The broker's pid where it is our child, else None.
         ruleset: What sessions may touch, or None.
+        self_test: What the broker is told of the self-test, first of all.
     """
 
     def __init__(
-        self, config: SupervisorConfig, broker: socket.socket, broker_pid: int | None, ruleset: Ruleset | None = None
+        self,
+        config: SupervisorConfig,
+        broker: socket.socket,
+        broker_pid: int | None,
+        ruleset: Ruleset | None,
+        self_test: SelfTest,
     ) -> None:
         self._config, self._broker, self._broker_pid = config, broker, broker_pid
         self._ruleset = ruleset
+        self._self_test = self_test
         self._sweeper: Sweeper = UidSweeper(config) if config.separate_users else GroupSweeper()
         self._workers: dict[int, int] = {}  # slot -> pid
         self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
@@ -88,6 +96,7 @@ class Supervisor:
             signal.signal(number, lambda *_: None)  # PID 1 gets only signals that it handles
         self._selector.register(self._woken, selectors.EVENT_READ, self._signalled)
         self._selector.register(self._broker, selectors.EVENT_READ, self._message)
+        self._tell({"self_test": self._self_test.to_json()})
         gc.freeze()  # what is loaded now stays shared with the workers
         self._reap()
 

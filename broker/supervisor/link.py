@@ -5,7 +5,8 @@
     broker → supervisor   {"id": 7, "op": "spawn",  "slot": 3}
                           {"id": 8, "op": "signal", "slot": 3}
                           {"id": 9, "op": "sweep",  "slot": 3}
-    supervisor → broker   {"re": 7, "pid": 41}  with the worker's channel attached, or {"re": 7, "error": "..."}
+    supervisor → broker   {"self_test": {...}}  first of all
+                          {"re": 7, "pid": 41}  with the worker's channel attached, or {"re": 7, "error": "..."}
                           {"re": 8}
                           {"re": 9, "clean": true}
                           {"exited": 3, "pid": 41, "reason": "crashed(SIGSEGV)"}
@@ -17,7 +18,8 @@ import json
 import socket
 from typing import Any
 
-_PACKET_BYTES = 4096
+#: The self-test's report is the longest.
+_PACKET_BYTES = 1 << 15
 
 
 def send(sock: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:

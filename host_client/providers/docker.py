@@ -19,6 +19,7 @@ from host_client.providers.engine_api import Engine
 from host_client.providers.exits import death_reason
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name, find_named, handle_of, launch
+from host_client.providers.self_test import engine_limits, require
 from host_client.reaper import reap, remove_sandbox_directory
 from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
@@ -36,6 +37,7 @@ class _Process:
         self.engine: Engine | None = None
         self.users = 0
         self.reaped = False
+        self.engine_is_fit = False
         self.has_exit_hook = False
         self.owned: dict[str, SandboxHandle] = {}
         # One for each sandbox that is being stopped: who stops it too returns no earlier than it is gone.
@@ -73,6 +75,7 @@ class DockerProvider:
 
         Raises:
             SetupError: Engine, permission, image, disk, setting or name (``NameTaken``); nothing was started.
+            SandboxTooWeak: It, or the engine, does not hold what was asked for; nothing is left behind.
             ProviderError: The engine or the sandbox failed; nothing is left behind.
             ProtocolMismatch: The image speaks another version.
         """
@@ -86,6 +89,7 @@ class DockerProvider:
         with self._engine() as engine:
             runtime = self._open_runtime()
             self._reap_once(engine, runtime)
+            self._look_at_engine_once(engine, isolation)
             image = self._image_of(settings)
             return launch(engine, runtime, settings, image=image, name=name, isolation=isolation, own=self._own)
 
@@ -160,6 +164,13 @@ class DockerProvider:
             first, process.reaped = not process.reaped, True
         if first:
             reap(engine, runtime)
+
+    def _look_at_engine_once(self, engine: Engine, isolation: Isolation) -> None:
+        """Refuse an engine that would drop a limit without a word; one that may be used is not asked again."""
+        process = self._process
+        if not process.engine_is_fit and isolation.enforced:
+            require(engine_limits(engine.info()), enforced=True)
+            process.engine_is_fit = True
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[Engine]:

@@ -30,5 +30,8 @@ class Engine(Protocol):
     def follow_logs(self, container_id: str, tail: int = 200) -> Iterator[bytes]:
         """Yield what it writes until it ends."""
 
+    def info(self) -> dict[str, Any]:
+        """Return its description of itself: runtimes, which limits it can enforce, and so on."""
+
     def close(self) -> None:
         """Close the connections; containers go on, and the next call connects again."""

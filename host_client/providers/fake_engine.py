@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.self_test import Check, Limits, SelfTest
 from host_client.errors import ImageMissing, ProviderError
 from host_client.providers.docker_engine import ContainerNotFound
 
@@ -42,6 +43,22 @@ class FakeContainer:
         """Where the host expects its socket."""
         return Path(self.keywords["mounts"][0]["Source"]) / "host.sock"
 
+    def self_test(self, *failed: str) -> SelfTest:
+        """Return what a sandbox of this make finds out about itself.
+
+        Args:
+            *failed: Names of checks that do not hold.
+        """
+        held = Check(name="user", wanted="its own", found="its own", held=True)
+        broken = [Check(name=name, wanted="refused", found="possible", held=False) for name in failed]
+        limits = Limits(
+            memory_bytes=self.keywords["mem_limit"],
+            swap_bytes=self.keywords["memswap_limit"] - self.keywords["mem_limit"],
+            pids=self.keywords["pids_limit"],
+            cpus=self.keywords["nano_cpus"] / 1e9,
+        )
+        return SelfTest(checks=(held, *broken), limits=limits)
+
     def answer_health(self, health: Mapping[str, Any]) -> None:
         """Begin to answer every GET with this object."""
         self._server = _HealthServer(str(self.socket_path), json.dumps(health).encode())
@@ -59,7 +76,7 @@ class FakeContainer:
 def healthy(container: FakeContainer) -> None:
     """Run like a sandbox that works."""
     container.log = '{"event": "listening"}\n'
-    container.answer_health({"protocol": PROTOCOL_VERSION, "sessions": 0})
+    container.answer_health({"protocol": PROTOCOL_VERSION, "sessions": 0, **container.self_test().to_json()})
 
 
 class FakeEngine:
@@ -71,6 +88,7 @@ class FakeEngine:
 
     Attributes:
         containers: By id.
+        weaknesses: Laid over what it says it can enforce, such as ``{"PidsLimit": False}``.
         failures: By method's name, errors to raise at its next calls, in this order.
         connected: Whether it was used since it was last closed.
         times_connected: How often somebody connected.
@@ -80,6 +98,7 @@ class FakeEngine:
         self.program = program
         self.image = image
         self.containers: dict[str, FakeContainer] = {}
+        self.weaknesses: dict[str, bool] = {}
         self.failures: dict[str, list[BaseException]] = {}
         self.connected = False
         self.times_connected = 0
@@ -147,6 +166,11 @@ class FakeEngine:
             for there in list(self.containers.values())
             if labels.items() <= there.keywords["labels"].items()
         ]
+
+    def info(self) -> dict[str, Any]:
+        """Return what the tests need of an engine's description of itself."""
+        self._maybe_fail("info")
+        return {"MemoryLimit": True, "SwapLimit": True, "PidsLimit": True, "CpuCfsQuota": True, **self.weaknesses}
 
     def logs(self, container_id: str, tail: int = 200) -> str:
         """Return the last lines that a container wrote."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.self_test import Check
 from host_client import runtime_dir
 from host_client.errors import (
     BadSetting,
@@ -38,6 +39,7 @@ from host_client.providers.engine_api import Engine
 from host_client.providers.exits import death_reason, explained, log_tail
 from host_client.providers.isolation import Isolation
 from host_client.providers.readiness import Died, DirectoryWatch, NotReady, TimedOut, wait_until_ready
+from host_client.providers.self_test import judged, require
 from host_client.reaper import remove_directory
 from host_client.runtime_dir import RuntimeDir, SandboxDirectory
 from host_client.settings import SandboxSettings
@@ -77,6 +79,7 @@ def launch(
 
     Raises:
         SetupError: The image is missing, the disk full, a setting impossible, the name taken.
+        SandboxTooWeak: It started, but does not hold what was asked for; nothing is left behind.
         ProviderError: The engine or the sandbox failed; nothing is left behind.
         ProtocolMismatch: The image speaks another version.
     """
@@ -88,6 +91,7 @@ def launch(
             container_id = _create(engine, spec)
             engine.start(container_id)
             _wait_until_healthy(engine, container_id, spec, watch)
+            require(self_test(directory.socket_path, settings, isolation), enforced=isolation.enforced)
         handle = SandboxHandle(
             sandbox_id=container_id, name=spec.name, socket_path=directory.socket_path, owned=spec.owned
         )
@@ -101,6 +105,23 @@ def launch(
         if isinstance(error, ProviderError):
             raise explained(error, settings) from error
         raise
+
+
+def self_test(socket_path: Path, settings: SandboxSettings, isolation: Isolation) -> list[Check]:
+    """Return what a running sandbox found out about itself, judged by what was asked for.
+
+    Raises:
+        ProviderError: It does not answer.
+        MalformedReply: It answers nonsense.
+    """
+    transport = UnixSocketTransport(socket_path)
+    try:
+        reply = transport.request("GET", "/v1/self-test", timeout_s=settings.start_timeout_s).header
+    except BrokerUnreachable as error:
+        raise ProviderError(f"the sandbox ended during its self-test: {error.message}") from error
+    finally:
+        transport.close()
+    return judged(reply, settings, isolation)
 
 
 def check_name(name: str) -> None:

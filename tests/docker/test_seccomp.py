@@ -124,7 +124,8 @@ _NEEDS_A_CAPABILITY = {
     "reboot", "kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module", "acct",
     "swapon", "swapoff", "pivot_root", "fsopen", "fsmount", "move_mount", "fspick", "bpf", "syslog",
     "lookup_dcookie", "vhangup", "iopl", "sethostname", "fanotify_init", "perf_event_open", "AF_PACKET",
-    "AF_XDP", "mknod of a device", "a new network namespace", "a new mount namespace", "TIOCSTI", "TIOCSTI with more bits",
+    "AF_XDP", "mknod of a device", "a new network namespace", "a new mount namespace", "TIOCSTI",
+    "TIOCSTI with more bits",
 }
 # fmt: on
 
