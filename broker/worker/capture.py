@@ -27,7 +27,6 @@ class _Buffer(io.BufferedWriter):
         raw.name = "<stdout>"
         super().__init__(raw)
         self._current = current
-        self._abandoned = False
 
     def write(self, data: Any) -> int:
         if self._current.is_stale():
@@ -36,12 +35,7 @@ class _Buffer(io.BufferedWriter):
 
     def close(self) -> None:
         """Flush only: a TextIOWrapper that generated code put around this buffer closes it when it is collected."""
-        if not self._abandoned:
-            self.flush()
-
-    def abandon(self) -> None:
-        """Drop what could not be written, lest it come out in a later execution."""
-        self._abandoned = True
+        self.flush()
 
 
 class _Stream(io.TextIOWrapper):
@@ -95,8 +89,7 @@ class Capture:
         os.dup2(self._null, _STDOUT)
         os.dup2(self._null, _STDERR)
         if not written:
-            self._buffer.abandon()
-            self._build()
+            self.flush()  # into nothing, lest it come out in a later execution
         self._restore()
 
     def flush(self) -> bool:
@@ -122,7 +115,6 @@ class Capture:
 
     def _restore(self) -> None:
         if not (self._stdout.is_intact(self._buffer) and self._stderr.is_intact(self._buffer)):
-            self._buffer.abandon()
             self._build()
         sys.stdout, sys.stderr = self._stdout, self._stderr
         self._restore_stdin()

@@ -76,8 +76,9 @@ def test_buffered_text_of_a_replaced_stream_is_not_lost(worker: WorkerProcess) -
 
 
 def test_what_could_not_be_written_does_not_come_out_later(worker: WorkerProcess) -> None:
-    worker.execute("import os, sys\nold = sys.stdout\nos.close(1); os.close(2)\nold.buffer.write(b'stale')")
-    assert worker.execute("import gc; del old; gc.collect(); print('fresh')").output == "fresh\n"
+    code = "import os, sys\nold = sys.stdout, sys.stderr\nos.close(1); os.close(2)\nold[0].buffer.write(b'stale')"
+    worker.execute(code)
+    assert worker.execute("old[0].flush(); print('fresh')").output == "fresh\n"
 
 
 def test_broker_reads_the_end_of_output_although_the_worker_lives(worker: WorkerProcess) -> None:
