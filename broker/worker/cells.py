@@ -100,8 +100,8 @@ def _compile(source: str, filename: str) -> Cell:
 def _parse(source: str, filename: str, flags: int) -> Any:
     """Return the syntax tree, without garbage collection.
 
-    In Python 3.11 (seen in 3.11.7) a collection that runs Python code which builds a tree too (asyncio's report of a failed task
-    does) breaks the one being built: "SystemError: AST constructor recursion depth mismatch".
+    In Python 3.11 (seen in 3.11.7) a collection that runs Python code which builds a tree too, as asyncio's report of
+    a failed task does, breaks the one being built: "SystemError: AST constructor recursion depth mismatch".
     """
     collects = gc.isenabled()
     gc.disable()
