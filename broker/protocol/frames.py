@@ -52,20 +52,28 @@ def dump_json(payload: dict[str, Any]) -> bytes:
     return _ENCODER.encode(payload).encode("ascii")
 
 
+def containers(data: bytes) -> int:
+    """Return how many lists and objects a JSON text has at most: brackets in strings are counted too."""
+    return data.count(b"[") + data.count(b"{")
+
+
 def parse_json_object(data: Blob) -> dict[str, Any]:
     """Parse hostile bytes as a JSON object.
 
     Raises:
-        FrameError: Not JSON, nested too deep, an integer too long, NaN, or not an object.
+        FrameError: Not JSON, nested too deep, too many lists, an integer too long, NaN, or not an object.
     """
     try:
         text = str(data, "utf-8")
+        most = text.count("[") + text.count("{")
+        if most > limits.MAX_JSON_CONTAINERS:
+            raise ValueError(f"more than {limits.MAX_JSON_CONTAINERS:,} lists and objects")
         parsed = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON object: {error}") from None
     if not isinstance(parsed, dict):
         raise FrameError(f"expected a JSON object, got {type(parsed).__name__}")
-    if text.count("[") + text.count("{") > limits.MAX_JSON_DEPTH:  # else it cannot be too deep
+    if most > limits.MAX_JSON_DEPTH:  # else it cannot be too deep
         _check_depth(parsed)
     return parsed
 

@@ -134,6 +134,8 @@ class Encoder:
             return self._bytes(bytes(value))
         if isinstance(value, enum.Enum):
             return self._encode(value.value, path, depth + 1, parents)
+        if isinstance(value, decimal.Decimal) and len(str(value)) > limits.MAX_INTEGER_DIGITS:
+            raise ValueNotSendable(f"{path}: a number of more than {limits.MAX_INTEGER_DIGITS} digits")
         plain = _plain_standard(value)
         if plain is not None:
             return plain
@@ -299,6 +301,8 @@ class Decoder:
     blobs: Sequence[Blob] = ()
     kept: dict[str, Any] | None = None
     arrays: bool = False
+    # Each blob is decoded once: a thousand references to one are a thousand references here, not a thousand copies.
+    _decoded: dict[tuple[int, bool], str | bytes] = dataclasses.field(default_factory=dict)
 
     def decode(self, encoded: Any) -> Any:
         """Return the value that ``encoded`` stands for.
@@ -337,9 +341,12 @@ class Decoder:
                 raise DecodeError(f"the value {operand!r} is not held here (any more)")
             return self.kept[operand]
         if tag in _COLLECTIONS:
-            return _COLLECTIONS[tag](self._decode(item, depth) for item in _expect(operand, list))
+            members = [self._decode(item, depth) for item in _expect(operand, list)]
+            return _COLLECTIONS[tag](members if tag == "$tuple" else _spread(members))
         if tag == "$map":
-            return {self._decode(key, depth): self._decode(item, depth) for key, item in _expect(operand, list)}
+            pairs = [(self._decode(key, depth), self._decode(item, depth)) for key, item in _expect(operand, list)]
+            _spread([key for key, _ in pairs])
+            return dict(pairs)
         if tag == "$ndarray":
             return self._array(operand, depth)
         if tag == "$dataframe":
@@ -352,8 +359,11 @@ class Decoder:
         index, kind, *kept_as = operand
         if type(index) is not int or not 0 <= index < len(self.blobs):
             raise DecodeError(f"no blob {index!r} in this frame")
-        blob = self.blobs[index]
-        value: str | bytes = str(blob, "utf-8", "surrogatepass") if kind == "str" else bytes(blob)
+        value = self._decoded.get((index, kind == "str"))
+        if value is None:
+            blob = self.blobs[index]
+            value = str(blob, "utf-8", "surrogatepass") if kind == "str" else bytes(blob)
+            self._decoded[index, kind == "str"] = value
         if kept_as and self.kept is not None:
             self.kept[_expect(kept_as[0], str)] = value
         return value
@@ -403,23 +413,32 @@ def _expect(value: Any, kind: type) -> Any:
     return value
 
 
-def _parse_int(text: Any) -> int:
+def _spread(members: list[Any]) -> list[Any]:
+    """Refuse members that were chosen to have the same hash."""
+    hashes = sorted(map(hash, members))
+    for first, later in zip(hashes, hashes[limits.MAX_EQUAL_HASHES :], strict=False):
+        if first == later:
+            raise DecodeError(f"more than {limits.MAX_EQUAL_HASHES} keys with the same hash")
+    return members
+
+
+def _digits(text: Any) -> str:
     if len(_expect(text, str)) > limits.MAX_INTEGER_DIGITS + 1:
-        raise DecodeError("integer too long")
-    return int(text)
+        raise DecodeError("number too long")
+    return str(text)
 
 
 _PLAIN_JSON = frozenset({type(None), bool, int, float, str})
 _COLLECTIONS: dict[str, Callable[..., Any]] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
 _SCALARS: dict[str, Callable[[Any], Any]] = {
     "$float": lambda text: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[text],
-    "$int": _parse_int,
+    "$int": lambda text: int(_digits(text)),
     "$bytes": lambda text: base64.b64decode(_expect(text, str), validate=True),
     "$datetime": lambda text: datetime.datetime.fromisoformat(text),
     "$date": lambda text: datetime.date.fromisoformat(text),
     "$time": lambda text: datetime.time.fromisoformat(text),
     "$timedelta": lambda parts: datetime.timedelta(days=parts[0], seconds=parts[1], microseconds=parts[2]),
-    "$decimal": lambda text: decimal.Decimal(_expect(text, str)),
+    "$decimal": lambda text: decimal.Decimal(_digits(text)),
     "$uuid": lambda text: uuid.UUID(_expect(text, str)),
     "$complex": lambda parts: complex(float(parts[0]), float(parts[1])),
 }

@@ -53,13 +53,15 @@ class Channel:
         """Send one frame.
 
         Raises:
-            FrameTooLarge: Larger than the broker reads; nothing was sent.
+            FrameTooLarge: Larger than the broker reads, or of too many parts; nothing was sent.
             OSError: The broker is gone.
         """
         pieces = frames.dump_frame(header, blobs)
         size = sum(map(len, pieces))
         if size > limits.MAX_TOOL_CALL_BYTES or len(pieces[0]) > limits.MAX_HEADER_BYTES:
             raise FrameTooLarge(f"a frame of {size:,} bytes")
+        if frames.containers(bytes(pieces[0])) > limits.MAX_JSON_CONTAINERS:
+            raise FrameTooLarge(f"a frame of more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts")
         if len(pieces) > 1 and size <= _JOIN_BYTES:
             pieces = [b"".join(pieces)]
         for piece in pieces:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from broker.protocol import limits
+from broker.protocol import frames, limits
 from broker.protocol.messages import OutputField, ToolParameter
 from broker.protocol.values import Encoder, ValueNotSendable
 from broker.worker import field_types
@@ -19,6 +19,7 @@ from broker.worker.signatures import make_check, make_signature
 from broker.worker.unwinding import ExecutionSubmitted, Unwinding, signal_main_thread
 
 _FRAME_MARGIN_BYTES = 64 << 10
+_FRAME_MARGIN_CONTAINERS = 100
 _DOC = "End this execution and hand over the final output{fields}. Nothing after this call runs."
 
 
@@ -116,7 +117,10 @@ class Submit:
         except Exception as error:
             raise TypeError(f"SUBMIT() failed to read a value: {type_name(type(error))}: {safe_str(error)}") from error
         # With room for the rest of the frame: a frame that the broker refuses would end the session.
-        head = len(json.dumps(value)) + _FRAME_MARGIN_BYTES
+        text = json.dumps(value)
+        if frames.containers(text.encode("ascii")) + _FRAME_MARGIN_CONTAINERS > limits.MAX_JSON_CONTAINERS:
+            raise TypeError(f"SUBMIT() was given more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts; send text")
+        head = len(text) + _FRAME_MARGIN_BYTES
         size = head + sum(map(len, encoder.blobs))
         if head > limits.MAX_HEADER_BYTES or size > limits.MAX_TOOL_CALL_BYTES:
             raise TypeError(f"SUBMIT() was given {size:,} bytes; at most {limits.MAX_TOOL_CALL_BYTES:,} can be sent")

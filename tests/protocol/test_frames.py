@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.protocol import limits
 from broker.protocol.frames import FrameError, dump_frame, load_frame, parse_json_object, read_frame
 
 
@@ -94,3 +95,9 @@ def test_a_frame_larger_than_allowed_is_refused() -> None:
         load_frame(wire, max_bytes=50)
     with pytest.raises(FrameError, match="more than"):
         read_frame(exactly(wire), max_bytes=50)
+
+
+def test_json_of_too_many_lists_is_refused_before_it_takes_a_hundred_times_its_size() -> None:
+    many = b"[" + b"[]," * limits.MAX_JSON_CONTAINERS + b"0]"
+    with pytest.raises(FrameError, match="more than 1,000,000 lists"):
+        parse_json_object(b'{"a":' + many + b"}")

@@ -277,3 +277,25 @@ def test_decoding_never_imports_a_package_by_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "numpy", types.ModuleType("numpy"))
     with pytest.raises(DecodeError, match="not accepted"):
         Decoder().decode({"$ndarray": {"dtype": "f8", "shape": [0], "data": {"$bytes": ""}}})
+
+
+def test_keys_and_members_of_one_hash_are_refused_before_they_take_hours() -> None:
+    alike = [{"$int": str(number * (2**61 - 1))} for number in range(1, 50_000)]
+    for encoded in ({"$set": alike}, {"$frozenset": alike}, {"$map": [[key, 0] for key in alike]}):
+        with pytest.raises(DecodeError, match="same hash"):
+            Decoder().decode(encoded)
+    assert Decoder().decode({"$map": [[number, 0] for number in range(50_000)]})[49_999] == 0
+
+
+def test_many_references_to_one_blob_share_one_value() -> None:
+    decoded = Decoder([b"x" * 5000]).decode([{"$blob": [0, "str"]}, {"$blob": [0, "str"]}, {"$blob": [0, "bytes"]}])
+    assert decoded[0] is decoded[1]
+    assert decoded[2] == b"x" * 5000
+
+
+def test_numbers_of_too_many_digits_are_refused_on_both_sides() -> None:
+    with pytest.raises(ValueNotSendable, match="digits"):
+        Encoder().encode(decimal.Decimal("9" * 5000), "number")
+    for tag in ("$int", "$decimal"):
+        with pytest.raises(DecodeError, match="too long"):
+            Decoder().decode({tag: "9" * 5000})
