@@ -59,7 +59,8 @@ _WITHOUT_ANSWER = {
         type="ToolCallExpired", message="the execution's deadline passed before the tool answered"
     ),
     CallState.UNKNOWN: ErrorInfo(
-        type="ToolOutcomeUnknown", message="the host was lost while the tool ran; whether it finished is not known"
+        type="ToolOutcomeUnknown",
+        message="the host was lost, or lost its record, while the tool ran; whether it finished is not known",
     ),
 }
 

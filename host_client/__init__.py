@@ -31,8 +31,12 @@ from host_client.errors import (
     DiskFull,
     EnginePermission,
     EngineUnavailable,
+    Fenced,
+    ForeignSession,
     ImageBuildFailed,
     ImageMissing,
+    JournalNewer,
+    JournalUnusable,
     LeaseExpired,
     MalformedReply,
     ProtocolMismatch,
@@ -43,8 +47,10 @@ from host_client.errors import (
     SessionLost,
     SetupError,
     UnknownSandbox,
+    UnknownSession,
 )
 from host_client.settings import SandboxSettings
+from host_client.tool_marks import current_call, tool
 
 if TYPE_CHECKING:
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
@@ -63,8 +69,12 @@ __all__ = [
     "DiskFull",
     "EnginePermission",
     "EngineUnavailable",
+    "Fenced",
+    "ForeignSession",
     "ImageBuildFailed",
     "ImageMissing",
+    "JournalNewer",
+    "JournalUnusable",
     "LeaseExpired",
     "MalformedReply",
     "ProtocolMismatch",
@@ -78,7 +88,10 @@ __all__ = [
     "SessionLost",
     "SetupError",
     "UnknownSandbox",
+    "UnknownSession",
     "__version__",
+    "current_call",
+    "tool",
 ]
 
 

@@ -8,11 +8,12 @@ from urllib.parse import quote
 
 from broker.protocol import PROTOCOL_VERSION
 from broker.protocol.frames import Blob
-from broker.protocol.messages import ClaimRequest, ExecuteRequest, Progress, ToolResult
+from broker.protocol.messages import Attached, ClaimRequest, ExecuteRequest, Progress, ToolResult, Verdict
 from broker.protocol.reading import BadRequest, Reader
 from host_client.errors import (
     BrokerError,
     CallGone,
+    Fenced,
     LeaseExpired,
     MalformedReply,
     ProtocolMismatch,
@@ -45,8 +46,24 @@ class News(NamedTuple):
     blobs: Sequence[Blob]
 
 
+class SessionInfo(NamedTuple):
+    """A session as its broker describes it.
+
+    Attributes:
+        session_id: The broker's id.
+        name: The host's name for it, or None.
+        epoch: Counts the clients that have held it.
+        lost: Why it is gone, or None while it lives.
+    """
+
+    session_id: str
+    name: str | None
+    epoch: int
+    lost: str | None
+
+
 class BrokerClient(Protocol):
-    """Speaks to one broker. Implementations are safe to share between threads.
+    """Speaks to one broker, for the holder of one session. Implementations are safe to share between threads.
 
     Every method raises ``BrokerUnreachable``, ``MalformedReply``, ``SessionLost`` or another ``BrokerError``.
     """
@@ -58,8 +75,33 @@ class BrokerClient(Protocol):
             ProtocolMismatch: It speaks another one.
         """
 
-    def open_session(self) -> str:
-        """Open a session and return its id."""
+    def open_session(self, name: str | None = None) -> str:
+        """Open a session and return its id.
+
+        Args:
+            name: To find it by, from another process too.
+        """
+
+    def sessions(self) -> list[SessionInfo]:
+        """Return every session of the sandbox."""
+
+    def attach(self, session_id: str, epoch: int) -> Attached:
+        """Take a session over; from now on this client speaks in its new epoch.
+
+        Args:
+            session_id: The session.
+            epoch: The epoch that was seen last.
+
+        Raises:
+            Fenced: Somebody else attached since.
+        """
+
+    def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
+        """Say what became of a started call that nobody answers.
+
+        Raises:
+            LeaseExpired, CallGone: There is nothing to say any more.
+        """
 
     def execute(
         self,
@@ -116,6 +158,7 @@ class HttpBrokerClient:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self._epoch = 1
 
     def check(self) -> None:
         """See ``BrokerClient.check``."""
@@ -127,10 +170,30 @@ class HttpBrokerClient:
                 help="rebuild the image: rlm-sandbox image",
             )
 
-    def open_session(self) -> str:
+    def open_session(self, name: str | None = None) -> str:
         """See ``BrokerClient.open_session``."""
-        reply = _checked(self._transport.request("POST", "/v1/sessions", {}, timeout_s=_PROMPT_S))
+        body = {} if name is None else {"name": name}
+        reply = _checked(self._transport.request("POST", "/v1/sessions", body, timeout_s=_PROMPT_S))
         return _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
+
+    def sessions(self) -> list[SessionInfo]:
+        """See ``BrokerClient.sessions``."""
+        reply = _checked(self._transport.request("GET", "/v1/sessions", timeout_s=_PROMPT_S))
+        return _read(lambda: [_session(each) for each in Reader(reply.header, "sessions").items("sessions")])
+
+    def attach(self, session_id: str, epoch: int) -> Attached:
+        """See ``BrokerClient.attach``."""
+        path = f"/v1/sessions/{_part(session_id)}/attach"
+        reply = _checked(self._transport.request("POST", path, {"epoch": epoch}, timeout_s=_PROMPT_S))
+        attached = _read(lambda: Attached.from_json(reply.header))
+        self._epoch = attached.epoch
+        return attached
+
+    def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
+        """See ``BrokerClient.resolve``."""
+        path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/resolve")
+        body = {"attempt": attempt, "state": verdict.value}
+        _checked(self._transport.request("POST", path, body, timeout_s=_PROMPT_S))
 
     def execute(
         self,
@@ -143,33 +206,50 @@ class HttpBrokerClient:
     ) -> News:
         """See ``BrokerClient.execute``."""
         path = f"/v1/sessions/{_part(session_id)}/executions?limit={wanted.limit}&wait_s={wanted.wait_s:.3f}"
+        path = f"{path}&epoch={self._epoch}"
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * sum(map(len, blobs))
-        return _news(self._transport.request("POST", path, request.to_json(), blobs, timeout_s=timeout_s))
+        return _news(self._transport.request("POST", path, request.to_json(), blobs, timeout_s=timeout_s, framed=True))
 
     def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
         """See ``BrokerClient.claim``."""
-        path = f"/v1/sessions/{_part(session_id)}/claims"
-        return _news(self._transport.request("POST", path, wanted.to_json(), timeout_s=wanted.wait_s + late_s))
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/claims")
+        timeout_s = wanted.wait_s + late_s
+        return _news(self._transport.request("POST", path, wanted.to_json(), timeout_s=timeout_s, framed=True))
 
     def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
         """See ``BrokerClient.answer``."""
         timeout_s = _PROMPT_S + _SEND_S_PER_BYTE * sum(map(len, blobs))
-        path = f"/v1/tool-calls/{_part(call_id)}/result"
-        _checked(self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s))
+        path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/result")
+        _checked(self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s, framed=True))
 
     def interrupt(self, session_id: str, execution_id: str) -> None:
         """See ``BrokerClient.interrupt``."""
-        _checked(self._transport.request("POST", f"/v1/executions/{execution_id}/interrupt", {}, timeout_s=_PROMPT_S))
+        path = self._of_epoch(f"/v1/executions/{_part(execution_id)}/interrupt")
+        _checked(self._transport.request("POST", path, {}, timeout_s=_PROMPT_S))
 
     def close_session(self, session_id: str) -> None:
         """See ``BrokerClient.close_session``."""
-        reply = self._transport.request("DELETE", f"/v1/sessions/{_part(session_id)}", timeout_s=_PROMPT_S)
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}")
+        reply = self._transport.request("DELETE", path, timeout_s=_PROMPT_S)
         if reply.status != _NOT_FOUND:
             _checked(reply)
 
     def close(self) -> None:
         """See ``BrokerClient.close``."""
         self._transport.close()
+
+    def _of_epoch(self, path: str) -> str:
+        return f"{path}?epoch={self._epoch}"
+
+
+def _session(data: Any) -> SessionInfo:
+    read = Reader(data, "session")
+    return SessionInfo(
+        session_id=read.text("session_id", max_chars=64),
+        name=read.optional_text("name", max_chars=64),
+        epoch=read.integer("epoch", low=1),
+        lost=read.optional_text("lost", max_chars=200),
+    )
 
 
 def _news(reply: Reply) -> News:
@@ -214,6 +294,7 @@ def _text(error: Any, name: str) -> str:
 _ERRORS: dict[str, type[BrokerError]] = {
     SessionBusy.code: SessionBusy,
     LeaseExpired.code: LeaseExpired,
+    Fenced.code: Fenced,
     CallGone.code: CallGone,
     "unknown_call": CallGone,
 }

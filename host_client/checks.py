@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import re
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -12,11 +13,22 @@ from host_client.errors import BadSetting
 from host_client.settings import SandboxSettings
 from host_client.tool_definitions import RESERVED_NAMES, check_tool
 
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FIELD_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "NoneType"})
 
 
 def check_keywords(
-    *, tools: Any, output_fields: Any, execution_timeout_s: Any, settings: Any, sandbox: Any, callbacks: Any
+    *,
+    tools: Any,
+    output_fields: Any,
+    execution_timeout_s: Any,
+    settings: Any,
+    sandbox: Any,
+    callbacks: Any,
+    session: Any = None,
+    attach: Any = None,
+    idempotent: Any = (),
+    journal: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -32,9 +44,25 @@ def check_keywords(
         raise BadSetting(f"settings must be a SandboxSettings, got {type(settings).__name__}")
     if sandbox is not None and (not isinstance(sandbox, str) or not sandbox):
         raise BadSetting(f"sandbox must be the name of a running sandbox, got {sandbox!r:.80}")
+    _check_session(session, attach, sandbox)
+    if isinstance(idempotent, str) or not isinstance(idempotent, (Set, list, tuple)):
+        raise BadSetting(f"idempotent must be a list of names of tools, got {idempotent!r:.80}")
+    if journal is not None and not callable(getattr(journal, "intend", None)):
+        raise BadSetting(f"journal must be a Journal, got {type(journal).__name__}; a path belongs in the settings")
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
     check_timeout(execution_timeout_s)
+
+
+def _check_session(session: Any, attach: Any, sandbox: Any) -> None:
+    if session is not None and (not isinstance(session, str) or not _NAME.fullmatch(session)):
+        raise BadSetting(f"session must be 1 to 64 letters, digits, '_', '.' or '-', got {session!r:.80}")
+    if attach is None:
+        return
+    if not isinstance(attach, str) or not attach:
+        raise BadSetting(f"attach must be the name or id of a session, got {attach!r:.80}")
+    if session is not None or sandbox is not None:
+        raise BadSetting("attach stands alone: the session has its name and its sandbox (sandbox/session says both)")
 
 
 def check_timeout(timeout_s: Any) -> None:

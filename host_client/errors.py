@@ -11,12 +11,17 @@
     │ ├ DiskFull
     │ ├ SandboxTooWeak                it came out weaker than asked for, and was thrown away
     │ ├ BadSetting                    a setting, tool, output field or variable that cannot work
+    │ ├ JournalNewer                  the journal of tool calls was written by a newer version of this package
+    │ ├ UnknownSession                there is no such session to attach to, or more than one
+    │ ├ ForeignSession                it is in another user's sandbox
     │ └ UnknownSandbox                no running sandbox has that name
+    ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
     ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
     ├ ProtocolMismatch                host and image speak different versions
     ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
     │ ├ SessionBusy                   an execution is already running in this session
     │ ├ LeaseExpired                  a result came too late; somebody else holds the call
+    │ ├ Fenced                        another client attached to the session; this one is out
     │ └ CallGone                      a result came for a call that was cancelled
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
     ├ MalformedReply                  what came from the broker breaks the protocol
@@ -106,6 +111,24 @@ class BadSetting(SetupError, ValueError):
     code = "bad_setting"
 
 
+class JournalNewer(SetupError):
+    """The journal was written by a newer version of this package; it is left as it is."""
+
+    code = "journal_newer"
+
+
+class UnknownSession(SetupError):
+    """There is no such session to attach to, or more than one that could be meant."""
+
+    code = "unknown_session"
+
+
+class ForeignSession(SetupError):
+    """The session is in a sandbox of another user."""
+
+    code = "foreign_session"
+
+
 class UnknownSandbox(SetupError):
     """No running sandbox has that name."""
 
@@ -151,10 +174,25 @@ class LeaseExpired(BrokerError):
     code = "lease_expired"
 
 
+class Fenced(BrokerError):
+    """Another client attached to the session; what this one asked for was not done."""
+
+    code = "fenced"
+
+
 class CallGone(BrokerError):
     """The result arrived for a call that was cancelled or has expired."""
 
     code = "call_gone"
+
+
+class JournalUnusable(SandboxError):
+    """The journal of tool calls cannot be written or read: disk full, read-only, damaged.
+
+    A tool that was not declared idempotent does not run then; one that had just ended counts as unknown.
+    """
+
+    code = "journal_unusable"
 
 
 class BrokerUnreachable(SandboxError):
@@ -175,8 +213,8 @@ class SessionLost(SandboxError):
     Args:
         message: What happened.
         reason: ``deadline``, ``interrupted``, ``output_limit``, ``oom``, ``killed``, ``crashed(SIGNAL)``,
-            ``exited(N)``, ``removed``, ``engine_gone``, ``unresponsive`` (the broker no longer answers), ``protocol``
-            or ``shutdown``.
+            ``exited(N)``, ``removed``, ``engine_gone``, ``unresponsive`` (the broker no longer answers), ``protocol``,
+            ``fenced`` (another client attached to the session: there it goes on) or ``shutdown``.
     """
 
     code = "session_lost"

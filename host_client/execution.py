@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from broker.protocol import limits
 from broker.protocol.frames import Blob
@@ -44,26 +44,44 @@ class Execution:
             SandboxError: What the broker client raises.
             SessionLost: The broker let the deadline pass.
         """
+        guard = _Guard(request)
+        wait_s, late_s = guard.patience(busy=False)
+
+        def post() -> News:
+            wanted = self._calls.wanted(wait_s=wait_s)
+            return self._client.execute(self._session_id, request, blobs, wanted, late_s=late_s)
+
+        return self._guarded(request.execution_id, guard, post)
+
+    def resume(self, execution_id: str) -> News:
+        """Carry an execution to its end that another client has posted; return its stored reply if it has ended.
+
+        Raises:
+            SandboxError: What the broker client raises.
+        """
+
+        def ask() -> News:
+            return self._client.claim(self._session_id, self._calls.wanted(wait_s=POLL_S))
+
+        return self._guarded(execution_id, _Guard(None), ask)
+
+    def _guarded(self, execution_id: str, guard: _Guard, begin: Callable[[], News]) -> News:
         try:
-            return self._run(request, blobs)
+            return self._follow(execution_id, guard, begin())
         except SandboxError:
             raise
         except BaseException:
-            self._interrupt(request.execution_id)
+            self._interrupt(execution_id)
             raise
         finally:
             self._calls.end()
 
-    def _run(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> News:
-        guard = _Guard(request)
-        wait_s, late_s = guard.patience(busy=False)
-        wanted = self._calls.wanted(wait_s=wait_s)
-        news = self._client.execute(self._session_id, request, blobs, wanted, late_s=late_s)
+    def _follow(self, execution_id: str, guard: _Guard, news: News) -> News:
         while news.progress.running:
             self._calls.take(news)
             wait_s, late_s = guard.patience(busy=self._calls.busy)
             news = self._client.claim(self._session_id, self._calls.wanted(wait_s=wait_s), late_s=late_s)
-        if news.progress.result is None or news.progress.execution_id != request.execution_id:
+        if news.progress.result is None or news.progress.execution_id != execution_id:
             raise MalformedReply("the broker ended the execution without its result")
         return news
 
@@ -81,11 +99,11 @@ class Execution:
 
 
 class _Guard:
-    """Notices a broker that does not keep its deadline."""
+    """Notices a broker that does not keep its deadline; without a request it knows of none."""
 
-    def __init__(self, request: ExecuteRequest) -> None:
-        self._stands_still_for_tools = not request.timeout_includes_tools
-        self._timeout_s = request.timeout_s
+    def __init__(self, request: ExecuteRequest | None) -> None:
+        self._stands_still_for_tools = request is not None and not request.timeout_includes_tools
+        self._timeout_s = None if request is None else request.timeout_s
         self._started_at = time.monotonic()
 
     def patience(self, *, busy: bool) -> tuple[float, float]:

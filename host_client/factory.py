@@ -22,6 +22,10 @@ _KEYWORDS = {
     "settings": None,
     "sandbox": None,
     "callbacks": None,
+    "session": None,
+    "attach": None,
+    "idempotent": (),
+    "journal": None,
 }
 
 

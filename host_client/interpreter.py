@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from broker.protocol import limits
@@ -17,9 +18,10 @@ from host_client.dspy_compat import contract, observed
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions
+from host_client.journal import Journal
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver
-from host_client.sandbox_session import SandboxSession, default_provider, survives
+from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
 from host_client.settings import SandboxSettings
 from host_client.tool_definitions import ToolTable
 from host_client.tool_runner import ToolCalls, await_result
@@ -46,6 +48,10 @@ class SandboxInterpreter:
         settings: How the sandbox is made; by default read from ``RLM_SANDBOX_*``.
         sandbox: Name of a running sandbox to open a session in; None for a sandbox of its own.
         callbacks: DSPy callbacks for this interpreter.
+        session: Name for the session, so that another process can attach to it when this one was killed.
+        attach: Name or id of a session to go on with, instead of opening one; see ``attach()``.
+        idempotent: Names of tools that may run twice for one call, such as ``llm_query``; see ``host_client.tool``.
+        journal: Where tool calls are recorded; by default what the settings say.
         provider: Where sandboxes come from; by default what the settings say.
 
     Raises:
@@ -61,6 +67,10 @@ class SandboxInterpreter:
         settings: SandboxSettings | None = None,
         sandbox: str | None = None,
         callbacks: list[Any] | None = None,
+        session: str | None = None,
+        attach: str | None = None,
+        idempotent: Collection[str] = (),
+        journal: Journal | None = None,
         provider: SandboxProvider | None = None,
     ) -> None:
         checks.check_keywords(
@@ -70,6 +80,10 @@ class SandboxInterpreter:
             settings=settings,
             sandbox=sandbox,
             callbacks=callbacks,
+            session=session,
+            attach=attach,
+            idempotent=idempotent,
+            journal=journal,
         )
         self._tools: dict[str, Callable[..., Any]] = dict(tools or {})
         self.output_fields = output_fields
@@ -77,9 +91,12 @@ class SandboxInterpreter:
         self.settings = settings if settings is not None else SandboxSettings.from_environment()
         self.callbacks = list(callbacks or [])
         self.last_result: ExecutionRecord | None = None
+        self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
+        self._session_name, self._address = session, attach
+        self._idempotent, self._given_journal = tuple(idempotent), journal
         self._dspy = contract()
-        self._table = ToolTable()
+        self._table = ToolTable(idempotent)
         # Held while an execution runs, and never waited for: a second one is refused.
         self._executing = threading.Lock()
         # Held while a session is opened; whoever comes second finds it open.
@@ -99,6 +116,35 @@ class SandboxInterpreter:
             BadSetting: A keyword that cannot work, at once.
         """
         return InterpreterFactory(cls, keywords)
+
+    @classmethod
+    def attach(cls, name_or_id: str, **keywords: Any) -> SandboxInterpreter:
+        """Go on with a session whose host process is gone: its namespace is as it was, nothing ran twice.
+
+        An older client that still lives is fenced: what it does from now on changes nothing in the session.
+
+            interpreter = SandboxInterpreter.attach("novel", tools={"look_up": look_up})
+            interpreter.resume()  # what the execution gave that was under way
+
+        Tool calls that were under way are settled by the journal: a recorded result is delivered, a tool that never
+        started or is idempotent runs, any other raises ``ToolOutcomeUnknown`` in the generated code.
+
+        Args:
+            name_or_id: The session's name (keyword ``session``) or id (``session_id``); or the name of a sandbox with
+                one session in it; or both, as ``sandbox/session``. A sandbox of an interpreter's own ends a minute
+                after its host, and any start of another process may remove it, unless its session has a name.
+            keywords: As for the constructor; the tools are not sent over by the old process.
+
+        Raises:
+            UnknownSession: It is not there (any more), or several are meant.
+            ForeignSession: It is in a sandbox of another user.
+            Fenced: Somebody else attached at the same moment.
+            SessionLost: Its namespace is gone.
+            JournalNewer, JournalUnusable: The journal cannot be used; the session is left as it is.
+        """
+        interpreter = cls(attach=name_or_id, **keywords)
+        interpreter.start()
+        return interpreter
 
     @property
     def tools(self) -> dict[str, Callable[..., Any]]:
@@ -121,6 +167,12 @@ class SandboxInterpreter:
         """The sandbox, while a session is open in it."""
         session = self._session
         return None if session is None else session.handle
+
+    @property
+    def session_id(self) -> str | None:
+        """The session's id, while one is open: what ``attach`` takes where it has no name."""
+        session = self._session
+        return None if session is None else session.session_id
 
     @observed
     def start(self) -> None:
@@ -152,22 +204,28 @@ class SandboxInterpreter:
             BadSetting: A tool, variable or output field that cannot work; nothing ran.
             SessionBusy: An execution is running already, in another thread or around this tool.
         """
-        if not self._executing.acquire(blocking=False):
-            raise self._dspy.terminal(
-                SessionBusy(
-                    "this interpreter is executing already",
-                    status=409,
-                    help="use another interpreter for code that runs inside a tool or in another thread",
-                )
-            )
-        try:
+        with self._alone():
             return self._execute(code, variables)
-        except (SandboxError, ValueNotSendable) as error:
-            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
-        finally:
-            self._executing.release()
 
     __call__ = execute
+
+    def resume(self) -> Any:
+        """Return what the execution gave that the session's older client had posted last, after ``attach``.
+
+        One that still runs is carried to its end, its tools served from here; of one that has ended, the stored reply
+        is fetched. It is given once; ``execute`` resumes first where this was not called, and leaves the result in
+        ``resumed_result``.
+
+        Returns:
+            As ``execute``; None where there is none, or it was given.
+
+        Raises:
+            As ``execute``.
+        """
+        with self._alone():
+            self._table.refresh(self._tools)
+            record = self._resume(self._open())
+            return None if record is None else self._deliver(record)
 
     @observed
     def invoke_tool(self, tool_name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -207,6 +265,10 @@ class SandboxInterpreter:
             settings=self.settings,
             sandbox=self._sandbox,
             callbacks=self.callbacks,
+            session=self._session_name,
+            attach=self._address,
+            idempotent=self._idempotent,
+            journal=self._given_journal,
             provider=self._provider,
         )
 
@@ -222,6 +284,7 @@ class SandboxInterpreter:
             self._session.tools_sent = False
         variables = checks.check_variables(variables, self._table.names())
         session = self._open()
+        self._resume(session)
         encoder = Encoder(keeper=session.keeper)
         arrived = False
         try:
@@ -231,12 +294,28 @@ class SandboxInterpreter:
         finally:
             session.keeper.settle(arrived=arrived)
         session.tools_sent, session.known_fields = True, fields or ()
+        return self._deliver(record)
+
+    def _resume(self, session: SandboxSession) -> ExecutionRecord | None:
+        """Fetch what the older client's execution gave; carry it to its end first where it runs."""
+        execution_id = session.unfinished
+        if execution_id is None:
+            return None
+        calls = self._calls(session, execution_id)
+        record = self._follow(session, calls, lambda execution: execution.resume(execution_id))
+        session.unfinished = None
+        self.resumed_result = record
+        return record
+
+    def _deliver(self, record: ExecutionRecord) -> Any:
+        session = self._session
         self.last_result = record
         try:
             return deliver(record, self._dspy, for_model=self.output_fields is not None)
         except SessionLost as lost:
-            session.close()
-            self._lose(session, lost)
+            if session is not None:
+                session.close()
+                self._lose(session, lost)
             raise
 
     def _request(
@@ -264,17 +343,24 @@ class SandboxInterpreter:
         )
 
     def _run(self, session: SandboxSession, request: ExecuteRequest, encoder: Encoder) -> ExecutionRecord:
-        calls = ToolCalls(
+        calls = self._calls(session, request.execution_id)
+        return self._follow(session, calls, lambda execution: execution.run(request, encoder.blobs))
+
+    def _calls(self, session: SandboxSession, execution_id: str) -> ToolCalls:
+        return ToolCalls(
             client=session.client,
             session_id=session.session_id,
-            execution_id=request.execution_id,
+            execution_id=execution_id,
             invoke=self.invoke_tool,
             threads=session.threads,
             slots=self.settings.max_concurrent_tools,
+            recorder=session.recorder,
+            is_idempotent=self._table.is_idempotent,
         )
+
+    def _follow(self, session: SandboxSession, calls: ToolCalls, run: Callable[[Execution], News]) -> ExecutionRecord:
         try:
-            news = Execution(session.client, session.session_id, calls).run(request, encoder.blobs)
-            record = _record(news)
+            record = _record(run(Execution(session.client, session.session_id, calls)))
         except SandboxError as error:
             if calls.fatal is not None:
                 raise calls.fatal from None
@@ -298,7 +384,7 @@ class SandboxInterpreter:
                 return self._session
             self._check_usable()
             try:
-                opened = SandboxSession.open(self._own_provider(), self.settings, self._sandbox)
+                opened = self._open_or_attach()
             except SandboxError as error:
                 raise self._dspy.terminal(error) from error.__cause__
             finalizer = weakref.finalize(self, opened.close)
@@ -311,6 +397,33 @@ class SandboxInterpreter:
                 lost = SessionLost("the interpreter was shut down while it started", reason="shutdown")
                 raise self._dspy.terminal(lost)
             return opened
+
+    def _open_or_attach(self) -> SandboxSession:
+        journal = self._given_journal or open_journal(self.settings)  # first: where it cannot be used, nothing starts
+        provider = self._own_provider()
+        if self._address is not None:
+            return SandboxSession.attach(provider, self._address, journal=journal)
+        return SandboxSession.open(
+            provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name
+        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold off every other execution of this interpreter; let errors leave as DSPy expects them."""
+        if not self._executing.acquire(blocking=False):
+            raise self._dspy.terminal(
+                SessionBusy(
+                    "this interpreter is executing already",
+                    status=409,
+                    help="use another interpreter for code that runs inside a tool or in another thread",
+                )
+            )
+        try:
+            yield
+        except (SandboxError, ValueNotSendable) as error:
+            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
+        finally:
+            self._executing.release()
 
     def _check_usable(self) -> None:
         with self._state:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from host_client.errors import SandboxError
 from host_client.owner import Owner
 from host_client.providers.container_spec import LABEL, LABEL_DIRECTORY, LABEL_HOST_UID, LABEL_KIND, LABEL_OWNER, OWNED
-from host_client.runtime_dir import RuntimeDir
+from host_client.runtime_dir import SOCKET_NAME, RuntimeDir
+from host_client.transport import UnixSocketTransport
+
+#: A living broker answers in a millisecond; one that is frozen holds nothing worth waiting for.
+_ASK_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +30,16 @@ class ContainerLister(Protocol):
         """Remove a container; one that is gone is fine."""
 
 
-def reap(engine: ContainerLister, runtime: RuntimeDir) -> list[str]:
+def reap(engine: ContainerLister, runtime: RuntimeDir, *, is_in_use: Callable[[Path], bool] | None = None) -> list[str]:
     """Remove this user's owned containers, directories and uid reservations whose owner process is dead.
 
-    Living siblings, other users and named sandboxes are spared.
+    Living siblings, other users and named sandboxes are spared; so is an orphan that somebody attached to, or that has
+    a session with a name, to which somebody may attach before it ends by itself.
+
+    Args:
+        engine: Lists and removes.
+        runtime: This user's runtime directory.
+        is_in_use: Tells by its directory whether a running orphan is to be spared; by default its broker is asked.
 
     Returns:
         Ids of the containers that were removed.
@@ -42,7 +52,11 @@ def reap(engine: ContainerLister, runtime: RuntimeDir) -> list[str]:
     abandoned = runtime.abandoned()
     removed, in_use = [], set()
     for container in engine.list({LABEL: "1", LABEL_HOST_UID: str(os.geteuid())}):
-        if is_orphan(container) and _remove(engine, container["Id"]):
+        if (
+            is_orphan(container)
+            and not _spared(container, is_in_use or in_use_by_its_broker)
+            and _remove(engine, container["Id"])
+        ):
             removed.append(container["Id"])
             remove_directory(container)
         else:
@@ -74,6 +88,26 @@ def remove_sandbox_directory(path: Path) -> None:
         RuntimeDir(path.parent).remove(path.name)
     except SandboxError as error:
         log.warning("the socket directory %s stays: %s", path, error.message)
+
+
+def in_use_by_its_broker(directory: Path) -> bool:
+    """Ask a sandbox's broker whether a host is connected to it, or a session of it has a name."""
+    transport = UnixSocketTransport(directory / SOCKET_NAME)
+    try:
+        connections = transport.request("GET", "/v1/health", timeout_s=_ASK_TIMEOUT_S).header.get("connections")
+        sessions = transport.request("GET", "/v1/sessions", timeout_s=_ASK_TIMEOUT_S).header.get("sessions")
+    except SandboxError:
+        return False
+    finally:
+        transport.close()
+    others = isinstance(connections, int) and connections > 1  # one is this question's
+    named = isinstance(sessions, list) and any(isinstance(each, dict) and each.get("name") for each in sessions)
+    return others or named
+
+
+def _spared(container: Mapping[str, Any], is_in_use: Callable[[Path], bool]) -> bool:
+    directory = container["Labels"].get(LABEL_DIRECTORY, "")
+    return container.get("State") == "running" and bool(directory) and is_in_use(Path(directory))
 
 
 def _remove(engine: ContainerLister, container_id: str) -> bool:

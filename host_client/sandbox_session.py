@@ -9,8 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from broker.protocol.messages import Attached
+from host_client.attaching import find_session, take_over
 from host_client.broker_client import BrokerClient, HttpBrokerClient
-from host_client.errors import BrokerError, BrokerUnreachable, MalformedReply, SandboxError, SessionLost
+from host_client.call_recorder import CallRecorder
+from host_client.errors import BrokerError, BrokerUnreachable, Fenced, MalformedReply, SandboxError, SessionLost
+from host_client.journal import Holder, Journal, SqliteJournal, default_path
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
 from host_client.tool_threads import ToolThreads
@@ -41,11 +45,24 @@ class SandboxSession:
         keeper: What the worker holds.
         known_fields: The output fields that the broker has, or None before any were sent.
         tools_sent: Whether the broker has the current tools.
+        recorder: Where its tool calls are recorded.
+        unfinished: The execution that another client posted last, until its reply was fetched; or None.
     """
 
-    def __init__(self, provider: SandboxProvider, handle: SandboxHandle, client: BrokerClient, session_id: str) -> None:
-        self.handle, self.client, self.session_id = handle, client, session_id
-        self.threads, self.keeper = ToolThreads(), ValueKeeper()
+    def __init__(
+        self,
+        provider: SandboxProvider,
+        handle: SandboxHandle,
+        client: BrokerClient,
+        holder: Holder,
+        journal: Journal,
+        attached: Attached | None = None,
+    ) -> None:
+        self.handle, self.client, self.session_id = handle, client, holder.session_id
+        self.threads, self.keeper = ToolThreads(), ValueKeeper(holder.epoch)
+        self.recorder = CallRecorder(journal, holder)
+        self.unfinished = None if attached is None else attached.execution_id
+        self._journal = journal
         self.known_fields: Any = None
         self.tools_sent = False
         self._provider = provider
@@ -55,8 +72,23 @@ class SandboxSession:
         self._closing = False
 
     @classmethod
-    def open(cls, provider: SandboxProvider, settings: SandboxSettings, name: str | None) -> SandboxSession:
+    def open(
+        cls,
+        provider: SandboxProvider,
+        settings: SandboxSettings,
+        name: str | None,
+        *,
+        journal: Journal,
+        session_name: str | None = None,
+    ) -> SandboxSession:
         """Start a sandbox of our own, or find the named one, and open a session in it.
+
+        Args:
+            provider: Where sandboxes come from.
+            settings: How a new one is made.
+            name: Of a running sandbox, or None.
+            journal: Records the session's tool calls.
+            session_name: To attach to the session by, or None.
 
         Raises:
             SandboxError: What the provider and the broker client raise; nothing is left behind.
@@ -66,7 +98,10 @@ class SandboxSession:
             client = _connect(provider, handle)
             try:
                 client.check()
-                return cls(provider, handle, client, client.open_session())
+                session_id = client.open_session(session_name)
+                holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
+                journal.hold(holder)
+                return cls(provider, handle, client, holder, journal)
             except BaseException:
                 client.close()
                 raise
@@ -77,6 +112,32 @@ class SandboxSession:
             if reason is not None:
                 raise SessionLost(f"the sandbox ended while it was started ({reason})", reason=reason) from error
             raise
+
+    @classmethod
+    def attach(cls, provider: SandboxProvider, address: str, *, journal: Journal) -> SandboxSession:
+        """Take over a session that another client opened, which is fenced from now on.
+
+        Args:
+            provider: Where sandboxes come from.
+            address: See ``find_session``.
+            journal: Knows how the older client's tool calls ended, if that client used the same one.
+
+        Raises:
+            UnknownSession, ForeignSession: It is not there, or not ours.
+            Fenced: Somebody else attached at the same moment.
+            SandboxError: What provider, broker client and journal raise.
+        """
+        handles = provider.reachable(address)
+        found = find_session(address, handles, lambda handle: _connect(provider, handle))
+        try:
+            found.client.check()
+            attached, holder = take_over(found, journal)
+        except BaseException:
+            found.client.close()
+            raise
+        # It ends with this process from now on, where it ended with the older client's before.
+        provider.adopt(found.handle)
+        return cls(provider, found.handle, found.client, holder, journal, attached)
 
     @property
     def closed(self) -> bool:
@@ -95,8 +156,7 @@ class SandboxSession:
         try:
             if self._pid == os.getpid():
                 self._end()
-            self.client.close()
-            self.threads.close()
+            self._let_go()
         except BaseException:
             self._closing = False
             raise
@@ -105,9 +165,27 @@ class SandboxSession:
         """Return why the session is gone, after an error that it does not survive, and close it."""
         if self._closing:
             return SessionLost("the interpreter was shut down during an execution", reason="shutdown")
+        if isinstance(error, Fenced):
+            self.leave()
+            return SessionLost("another client attached to this session, and goes on with it", reason="fenced")
         reason = self._reason(error)
         self.close()
         return SessionLost(f"the sandbox's session was lost ({reason}); its variables are gone: {error}", reason=reason)
+
+    def leave(self) -> None:
+        """Let go of the session without ending it: it is another client's now."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        if self._pid == os.getpid():
+            self._provider.disown(self.handle)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.client.close()
+        self.threads.close()
+        self._journal.close()
 
     def _reason(self, error: SandboxError) -> str:
         if isinstance(error, SessionLost):
@@ -134,8 +212,17 @@ class SandboxSession:
 
 
 def survives(error: SandboxError) -> bool:
-    """Tell whether the session is still there after an error of its broker client."""
-    return isinstance(error, BrokerError)
+    """Tell whether the session is still there, and ours, after an error of its broker client."""
+    return isinstance(error, BrokerError) and not isinstance(error, Fenced)
+
+
+def open_journal(settings: SandboxSettings) -> Journal:
+    """Open the journal that the settings name.
+
+    Raises:
+        JournalNewer, JournalUnusable: It cannot be used; nothing was started.
+    """
+    return SqliteJournal(default_path() if settings.journal is None else settings.journal)
 
 
 def default_provider(settings: SandboxSettings) -> SandboxProvider:

@@ -65,13 +65,24 @@ class ScriptedBroker:
         with self._lock:
             self.started += 1
             sandbox_id = f"scripted-{self.started}"
-        return SandboxHandle(sandbox_id=sandbox_id, name=name or _NAMED, socket_path=Path(_NAMED), owned=True)
+        return self._handle(sandbox_id, name or _NAMED)
 
     def find(self, name: str) -> SandboxHandle:
         """Return the sandbox ``scripted``; there is no other."""
         if name != _NAMED:
             raise UnknownSandbox(f"no running sandbox is called {name!r}")
         return SandboxHandle(sandbox_id=_NAMED, name=name, socket_path=Path(_NAMED), owned=False)
+
+    def reachable(self, address: str) -> list[SandboxHandle]:
+        """Return the sandboxes that were asked for a client so far."""
+        with self._lock:
+            return [self._handle(sandbox_id) for sandbox_id in self._clients]
+
+    def adopt(self, handle: SandboxHandle) -> None:
+        """Nothing ends by itself."""
+
+    def disown(self, handle: SandboxHandle) -> None:
+        """Nothing ends by itself."""
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """Return what the test said in ``death``."""
@@ -96,6 +107,10 @@ class ScriptedBroker:
         self.death = reason
         for client in list(self._clients.values()):
             client.lose(reason)
+
+    def _handle(self, sandbox_id: str, name: str = _NAMED) -> SandboxHandle:
+        owned = sandbox_id != _NAMED
+        return SandboxHandle(sandbox_id=sandbox_id, name=name, socket_path=Path(_NAMED), owned=owned)
 
     def _take_step(self, execution: ScriptedExecution) -> ScriptedStep:
         if self._skip(execution.code):

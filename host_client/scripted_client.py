@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
+    Attached,
     Claim,
     ClaimRequest,
     ErrorInfo,
@@ -23,9 +25,10 @@ from broker.protocol.messages import (
     Progress,
     ToolDefinition,
     ToolResult,
+    Verdict,
 )
 from broker.protocol.values import Decoder, Encoder
-from host_client.broker_client import LATE_S, News
+from host_client.broker_client import LATE_S, News, SessionInfo
 from host_client.errors import BrokerError, BrokerUnreachable, CallGone, SessionBusy, SessionLost
 from host_client.scripted_steps import ScriptedExecution, ScriptedStep, ScriptedToolError, Step, error_of, outcome_of
 
@@ -37,6 +40,8 @@ class _Session:
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
     running: str | None = None
     lost: str | None = None
+    name: str | None = None
+    epoch: int = 1
 
 
 @dataclasses.dataclass
@@ -64,6 +69,7 @@ class ScriptedClient:
     def __init__(self, take_step: Callable[[ScriptedExecution], ScriptedStep], is_dead: Callable[[], bool]) -> None:
         self._take_step, self._is_dead = take_step, is_dead
         self._ids = itertools.count(1)
+        self._unique = os.urandom(4).hex()  # the journal tells calls apart by their ids
         # Guards everything below; notified at each change.
         self._changed = threading.Condition()
         self._sessions: dict[str, _Session] = {}
@@ -72,12 +78,29 @@ class ScriptedClient:
     def check(self) -> None:
         """Always of the right version."""
 
-    def open_session(self) -> str:
+    def open_session(self, name: str | None = None) -> str:
         """Open a session."""
         with self._changed:
-            session_id = f"s{next(self._ids)}"
-            self._sessions[session_id] = _Session()
+            session_id = f"s{next(self._ids)}-{self._unique}"
+            self._sessions[session_id] = _Session(name=name)
             return session_id
+
+    def sessions(self) -> list[SessionInfo]:
+        """Return the sessions."""
+        with self._changed:
+            return [SessionInfo(key, each.name, each.epoch, each.lost) for key, each in self._sessions.items()]
+
+    def attach(self, session_id: str, epoch: int) -> Attached:
+        """Hand a session over. The script has one client, so nothing was under way and nobody is fenced."""
+        with self._changed:
+            session = self._session(session_id)
+            session.epoch = epoch + 1
+            return Attached(epoch=session.epoch, execution_id=session.running, running=session.running is not None)
+
+    def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
+        """Let the call fail: nobody knows how it ended."""
+        error = ErrorInfo(type="ToolOutcomeUnknown", message="whether the tool finished is not known")
+        self.answer(call_id, ToolResult(attempt=attempt, error=error), ())
 
     def execute(
         self,
@@ -215,7 +238,7 @@ class ScriptedClient:
         encoded = encoder.encode(list(args), "args"), encoder.encode(kwargs, "kwargs")
         with self._changed:
             running = self._running[execution_id]
-            call_id = f"c{next(self._ids)}"
+            call_id = f"c{next(self._ids)}-{self._unique}"
             claim = Claim(
                 call_id=call_id,
                 attempt=1,

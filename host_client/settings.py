@@ -50,6 +50,8 @@ class SandboxSettings:
         max_concurrent_tools: Most host tools run at the same time for one interpreter.
         timeout_includes_tools: Whether time spent in host tools counts against the execution's time-out.
         start_timeout_s: How long a sandbox may take to become healthy.
+        journal: File of the record of tool calls, ``:memory:`` for one that ends with this process, or None for
+            ``$XDG_STATE_HOME/rlm-sandbox/journal.sqlite3``.
     """
 
     image: str | None = None
@@ -69,6 +71,7 @@ class SandboxSettings:
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
     start_timeout_s: float = 30.0
+    journal: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory", "tmpfs"):
@@ -83,6 +86,9 @@ class SandboxSettings:
         _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
         _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
+        if self.journal is not None:
+            object.__setattr__(self, "journal", os.fspath(self.journal))
+        _require("journal", self.journal != "", self.journal, "a path, ':memory:' or None")
         _require("network", isinstance(self.network, bool), self.network, "True or False")
         _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
         _require("provider", self.provider == "docker", self.provider, "'docker'")

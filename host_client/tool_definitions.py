@@ -7,11 +7,12 @@ import inspect
 import keyword
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from broker.protocol.messages import ToolDefinition, ToolParameter
 from host_client.errors import BadSetting
+from host_client.tool_marks import is_idempotent
 
 #: Longer texts of defaults, annotations and docstrings say nothing more to a model.
 _MAX_DEFAULT_CHARS = 200
@@ -30,14 +31,15 @@ class HostTool:
     Args:
         name: Global name in the session.
         function: Any callable, also a ``dspy.Tool``.
+        idempotent: Whether it counts as idempotent whatever it says itself.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], *, idempotent: bool = False) -> None:
         self.name = name
         self.function = function
         self.signature = _signature(function)
         self._adapters = {} if _is_dspy_tool(function) else _model_adapters(function, self.signature)
-        self.definition = _definition(name, function, self.signature)
+        self.definition = _definition(name, function, self.signature, idempotent or is_idempotent(function))
 
     def call(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call the function; what it returns may still have to be awaited.
@@ -57,14 +59,23 @@ class HostTool:
 
 
 class ToolTable:
-    """The tools of an interpreter as they were at the last ``refresh``."""
+    """The tools of an interpreter as they were at the last ``refresh``.
 
-    def __init__(self) -> None:
+    Args:
+        idempotent: Names of tools that count as idempotent whatever they say themselves.
+    """
+
+    def __init__(self, idempotent: Collection[str] = ()) -> None:
+        self._idempotent = frozenset(idempotent)
         self._tools: dict[str, HostTool] = {}
 
     def get(self, name: str) -> HostTool | None:
         """Return a tool of the last refresh."""
         return self._tools.get(name)
+
+    def is_idempotent(self, name: str) -> bool:
+        """Tell whether a tool of the last refresh may run twice for one call."""
+        return name in self._tools and self._tools[name].definition.idempotent
 
     def names(self) -> frozenset[str]:
         """Return the names of the last refresh."""
@@ -93,7 +104,11 @@ class ToolTable:
 
     def _tool(self, name: str, function: Callable[..., Any]) -> HostTool:
         known = self._tools.get(name)
-        return known if known is not None and known.function is function else HostTool(name, function)
+        return (
+            known
+            if known is not None and known.function is function
+            else HostTool(name, function, idempotent=name in self._idempotent)
+        )
 
 
 def check_tool(name: Any, function: Any) -> None:
@@ -175,12 +190,14 @@ def _by_keyword(
     return positional, named
 
 
-def _definition(name: str, function: Any, signature: inspect.Signature | None) -> ToolDefinition:
+def _definition(name: str, function: Any, signature: inspect.Signature | None, idempotent: bool) -> ToolDefinition:
     described = function.func if _is_dspy_tool(function) else function
     doc = (getattr(function, "desc", None) if described is not function else None) or inspect.getdoc(described) or ""
     parameters = None if signature is None else _parameters(signature)
     returns = None if signature is None else _annotation(signature.return_annotation)
-    return ToolDefinition(name=name, parameters=parameters, doc=doc[:_MAX_DOC_CHARS], returns=returns)
+    return ToolDefinition(
+        name=name, parameters=parameters, doc=doc[:_MAX_DOC_CHARS], returns=returns, idempotent=idempotent
+    )
 
 
 def _parameters(signature: inspect.Signature) -> tuple[ToolParameter, ...] | None:

@@ -13,10 +13,20 @@ from typing import Any
 
 from broker.protocol import limits
 from broker.protocol.frames import Blob
-from broker.protocol.messages import Claim, ClaimRequest, ErrorInfo, ToolResult
+from broker.protocol.messages import Claim, ClaimRequest, ErrorInfo, ToolResult, Verdict
 from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
 from host_client.broker_client import BrokerClient, News
-from host_client.errors import BrokerUnreachable, CallGone, LeaseExpired, SandboxError
+from host_client.call_recorder import CallRecorder, RunningRecord
+from host_client.errors import (
+    BrokerUnreachable,
+    CallGone,
+    Fenced,
+    JournalNewer,
+    JournalUnusable,
+    LeaseExpired,
+    SandboxError,
+)
+from host_client.tool_marks import CurrentCall, serving
 from host_client.tool_threads import ToolThreads
 
 log = logging.getLogger(__name__)
@@ -32,6 +42,8 @@ Invoke = Callable[[str, list[Any], dict[str, Any]], Any]
 class ToolCalls:
     """The tool calls of one execution.
 
+    Each is recorded before its tool starts and before its outcome is told (``call_recorder``).
+
     Tools run on threads; the thread that waits for the execution claims the calls and starts them. When all slots
     are taken it can claim nothing, so the first tool thread to get free waits for further claims in its stead.
 
@@ -42,6 +54,8 @@ class ToolCalls:
         invoke: Runs one tool by name, and gives its result or an awaitable.
         threads: Where tools run.
         slots: How many run at the same time.
+        recorder: Notes what starts and how it ends.
+        is_idempotent: Tells of a tool by name whether it may run twice for one call.
     """
 
     def __init__(
@@ -53,7 +67,10 @@ class ToolCalls:
         invoke: Invoke,
         threads: ToolThreads,
         slots: int,
+        recorder: CallRecorder,
+        is_idempotent: Callable[[str], bool] = lambda name: False,
     ) -> None:
+        self._recorder, self._is_idempotent = recorder, is_idempotent
         self._client, self._session_id, self._execution_id = client, session_id, execution_id
         self._invoke, self._threads, self._slots = invoke, threads, slots
         # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
@@ -102,19 +119,53 @@ class ToolCalls:
 
     def _run(self, claim: Claim, blobs: Sequence[Blob]) -> None:
         try:
-            result, result_blobs = self._context.copy().run(self._call, claim, blobs)
-            self._answer(claim, result, result_blobs)
+            self._serve(claim, blobs)
         finally:
             must_claim = self._release(claim)
         if must_claim:
             self._claim_in_its_stead()
+
+    def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> None:
+        """Record, run, record, answer: in this order, and no step where the one before failed."""
+        try:
+            record = self._recorder.begin(claim, idempotent=self._is_idempotent(claim.tool))
+        except (JournalUnusable, JournalNewer) as error:
+            self._not_run(claim, error)
+            return
+        except (Fenced, CallGone) as error:
+            log.warning("tool %s (call %s) was not run: %s", claim.tool, claim.call_id, error)
+            return
+        result, result_blobs = self._context.copy().run(self._call, claim, blobs)
+        try:
+            record.conclude(result, result_blobs)
+        except (JournalUnusable, JournalNewer) as error:
+            self._not_recorded(claim, error)
+            return
+        self._answer(claim, result, result_blobs, record)
+
+    def _not_run(self, claim: Claim, error: SandboxError) -> None:
+        """What cannot be recorded must not happen; the caller of ``execute`` gets the error, the code a hint of it."""
+        log.error("tool %s (call %s) was not run: %s", claim.tool, claim.call_id, error)
+        hint = f"{claim.tool}() was not run: the host cannot record the call"
+        self._answer(claim, _failed(claim, ErrorInfo(type="RuntimeError", message=hint)), ())
+        self._stop_for(error)
+
+    def _not_recorded(self, claim: Claim, error: SandboxError) -> None:
+        """The tool ran, and a successor could not know how it ended: so nobody is told that it did."""
+        log.error("the outcome of tool %s (call %s) was not recorded: %s", claim.tool, claim.call_id, error)
+        try:
+            self._client.resolve(claim.call_id, claim.attempt, Verdict.UNKNOWN)
+        except SandboxError as refused:
+            log.debug("resolving %s: %s", claim.call_id, refused)
+        self._stop_for(error)
 
     def _call(self, claim: Claim, blobs: Sequence[Blob]) -> tuple[ToolResult, Sequence[Blob]]:
         try:
             decoder = Decoder(blobs)
             args = [decoder.decode(value) for value in claim.args]
             kwargs = {name: decoder.decode(value) for name, value in claim.kwargs.items()}
-            value = self._invoke(claim.tool, args, kwargs)
+            with serving(_current(claim)):
+                value = self._invoke(claim.tool, args, kwargs)
             encoder = Encoder()
             encoded = encoder.encode(value, f"{claim.tool}()")
             if (size := sum(map(len, encoder.blobs))) > limits.MAX_TOOL_CALL_BYTES:
@@ -141,12 +192,16 @@ class ToolCalls:
         except SandboxError as refused:
             log.debug("interrupt: %s", refused)
 
-    def _answer(self, claim: Claim, result: ToolResult, blobs: Sequence[Blob]) -> None:
+    def _answer(
+        self, claim: Claim, result: ToolResult, blobs: Sequence[Blob], record: RunningRecord | None = None
+    ) -> None:
         if self._ended:
             return
         try:
             self._client.answer(claim.call_id, result, blobs)
-        except (CallGone, LeaseExpired) as late:
+            if record is not None:
+                record.delivered()
+        except (CallGone, LeaseExpired, Fenced) as late:
             log.debug("the answer of %s came too late: %s", claim.tool, late)
         except BrokerUnreachable as gone:
             log.debug("the answer of %s found no broker: %s", claim.tool, gone)  # the waiting thread reports it
@@ -156,7 +211,18 @@ class ToolCalls:
                 return
             log.warning("the answer of tool %s (call %s) was refused: %s", claim.tool, claim.call_id, refused)
             error = ErrorInfo(type="RuntimeError", message=f"the result of {claim.tool}() was refused: {refused}")
-            self._answer(claim, _failed(claim, error), ())
+            self._refuse(claim, error, record)
+
+    def _refuse(self, claim: Claim, error: ErrorInfo, record: RunningRecord | None) -> None:
+        """Answer with an error in the place of a result that the broker does not take."""
+        failed = _failed(claim, error)
+        if record is not None:
+            try:
+                record.conclude(failed, ())
+            except (JournalUnusable, JournalNewer) as unrecorded:
+                self._not_recorded(claim, unrecorded)
+                return
+        self._answer(claim, failed, (), record)
 
     def _release(self, claim: Claim) -> bool:
         """Give the slot back; tell whether this thread must claim, because the waiting one asked for nothing."""
@@ -206,6 +272,16 @@ def public_error(error: BaseException) -> ErrorInfo:
     except Exception:  # a __str__ of the tool's making
         message = ""
     return ErrorInfo(type=type(error).__name__[:200], message=message[:_MAX_MESSAGE_CHARS])
+
+
+def _current(claim: Claim) -> CurrentCall:
+    return CurrentCall(
+        call_id=claim.call_id,
+        key=claim.key or claim.call_id,
+        attempt=claim.attempt,
+        execution_id=claim.execution_id,
+        tool=claim.tool,
+    )
 
 
 def _failed(claim: Claim, error: ErrorInfo) -> ToolResult:

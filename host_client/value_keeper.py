@@ -14,9 +14,13 @@ class ValueKeeper:
 
     What the last execution did not use is dropped on both sides, so memory is bounded by the inputs of
     one execution. Not thread-safe: one execution runs at a time.
+
+    Args:
+        epoch: Of the session's holder; ids of an older one still stand for what it sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int = 1) -> None:
+        self._prefix = "v" if epoch == 1 else f"v{epoch}."
         self._held: dict[str, Kept] = {}
         self._used: set[str] = set()
         self._new: set[str] = set()
@@ -39,7 +43,7 @@ class ValueKeeper:
     def added(self, value: Kept) -> str:
         """Note that ``value`` is sent now, and return its new id."""
         self._count += 1
-        key = f"v{self._count}"
+        key = f"{self._prefix}{self._count}"
         self._held[key] = value
         self._new.add(key)
         return self._use(key)

@@ -48,6 +48,22 @@ class SandboxProvider(Protocol):
             UnknownSandbox: There is none.
         """
 
+    def reachable(self, address: str) -> list[SandboxHandle]:
+        """Return this user's running sandboxes, whoever started them: where a session to attach to may be.
+
+        Args:
+            address: What is looked for, so that a sandbox of another user can be named as such.
+
+        Raises:
+            ForeignSession: It names a sandbox of another user.
+        """
+
+    def adopt(self, handle: SandboxHandle) -> None:
+        """Note that a sandbox which another process owned ends with this one from now on; a named one does not."""
+
+    def disown(self, handle: SandboxHandle) -> None:
+        """Note that a sandbox is another process's now: it does not end with this one."""
+
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """Return why a sandbox no longer runs, or None while it runs.
 

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 from host_client.engine import connect_engine
-from host_client.errors import ProviderError, SandboxError, UnknownSandbox
+from host_client.errors import ForeignSession, ProviderError, SandboxError, UnknownSandbox
 from host_client.image import image_tag
 from host_client.providers.base import SandboxHandle
+from host_client.providers.container_spec import LABEL, LABEL_HOST_UID, LABEL_NAME
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.engine_api import Engine
 from host_client.providers.exits import death_reason
@@ -102,6 +103,28 @@ class DockerProvider:
         if found["State"] not in ("running", "paused"):
             raise UnknownSandbox(f"the sandbox {name!r} has stopped", help=f"to start it again: rlm-sandbox up {name}")
         return handle_of(found)
+
+    def reachable(self, address: str) -> list[SandboxHandle]:
+        """Return this user's running sandboxes; see ``SandboxProvider.reachable``."""
+        with self._engine() as engine:
+            running = [each for each in engine.list({LABEL: "1"}) if each["State"] in ("running", "paused")]
+        mine = [each for each in running if each["Labels"].get(LABEL_HOST_UID) == str(os.geteuid())]
+        handles = [handle_of(each) for each in mine]
+        wanted = {address, address.rpartition("/")[0]}
+        if not any(handle.name in wanted or handle.sandbox_id in wanted for handle in handles):
+            for other in running:
+                if other not in mine and (other["Labels"].get(LABEL_NAME) in wanted or other["Id"] in wanted):
+                    raise ForeignSession(f"the sandbox that {address!r} names belongs to another user")
+        return handles
+
+    def adopt(self, handle: SandboxHandle) -> None:
+        """Stop a sandbox at this process's exit that another process owned; see ``SandboxProvider.adopt``."""
+        if handle.owned:
+            self._own(handle)
+
+    def disown(self, handle: SandboxHandle) -> None:
+        """Leave a sandbox alone at this process's exit; see ``SandboxProvider.disown``."""
+        self._process.owned.pop(handle.sandbox_id, None)
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """Return why a sandbox no longer runs, or None while it runs; see ``SandboxProvider.why_dead``."""

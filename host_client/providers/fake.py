@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +35,6 @@ class FakeProvider:
 
     def __init__(self, broker: RunningBroker) -> None:
         self._broker = broker
-        self._numbers = itertools.count(1)
         # Guards started.
         self._lock = threading.Lock()
         self.started = 0
@@ -53,6 +51,16 @@ class FakeProvider:
             raise UnknownSandbox(f"no running sandbox is called {name!r}", help=f"start it: rlm-sandbox up {name}")
         return self._handle(name)
 
+    def reachable(self, address: str) -> list[SandboxHandle]:
+        """See ``SandboxProvider.reachable``."""
+        return [] if self._broker.ended else [self._handle("in-process")]
+
+    def adopt(self, handle: SandboxHandle) -> None:
+        """See ``SandboxProvider.adopt``; the broker is the test's."""
+
+    def disown(self, handle: SandboxHandle) -> None:
+        """See ``SandboxProvider.disown``; the broker is the test's."""
+
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """See ``SandboxProvider.why_dead``."""
         return "removed" if self._broker.ended else None
@@ -62,5 +70,5 @@ class FakeProvider:
 
     def _handle(self, name: str) -> SandboxHandle:
         return SandboxHandle(
-            sandbox_id=f"fake-{next(self._numbers)}", name=name, socket_path=self._broker.host_socket, owned=False
+            sandbox_id=f"fake:{self._broker.host_socket}", name=name, socket_path=self._broker.host_socket, owned=False
         )

@@ -79,11 +79,11 @@ def test_the_requests_are_those_of_the_protocol() -> None:
     client.close()
     assert [request[:2] for request in transport.requests[:-1]] == [
         ("POST", "/v1/sessions"),
-        ("POST", "/v1/sessions/s1/executions?limit=3&wait_s=1.500"),
-        ("POST", "/v1/sessions/s1/claims"),
-        ("POST", "/v1/tool-calls/a%2Fb/result"),
-        ("POST", "/v1/executions/e1/interrupt"),
-        ("DELETE", "/v1/sessions/s1"),
+        ("POST", "/v1/sessions/s1/executions?limit=3&wait_s=1.500&epoch=1"),
+        ("POST", "/v1/sessions/s1/claims?epoch=1"),
+        ("POST", "/v1/tool-calls/a%2Fb/result?epoch=1"),
+        ("POST", "/v1/executions/e1/interrupt?epoch=1"),
+        ("DELETE", "/v1/sessions/s1?epoch=1"),
     ]
     assert transport.timeouts[1:3] == [pytest.approx(3.5, abs=0.01), 6]
     assert transport.requests[-1] == "closed"

@@ -12,7 +12,9 @@ import pytest
 from broker.protocol import limits
 from broker.protocol.messages import Claim, ClaimRequest, ErrorInfo, Progress, ToolResult
 from host_client.broker_client import News
+from host_client.call_recorder import CallRecorder
 from host_client.errors import BrokerError, BrokerUnreachable, CallGone, LeaseExpired, SandboxError
+from host_client.journal import Holder, SqliteJournal
 from host_client.tool_runner import POLL_S, ToolCalls, public_error
 from host_client.tool_threads import ToolThreads
 
@@ -68,6 +70,7 @@ def _calls(client: Client, tool: Callable[..., Any], slots: int = 4) -> ToolCall
         invoke=lambda name, args, kwargs: tool(*args, **kwargs),
         threads=ToolThreads(),
         slots=slots,
+        recorder=CallRecorder(SqliteJournal(":memory:"), Holder(sandbox_id="b1", session_id="s1", epoch=1)),
     )
 
 

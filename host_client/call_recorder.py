@@ -1,0 +1,93 @@
+"""One session's view of the journal: what is written at which step of a tool call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from broker.protocol.frames import Blob, dump_frame, load_frame
+from broker.protocol.messages import Claim, ToolResult
+from host_client.journal import DONE, FAILED, MAX_OUTCOME_BYTES, CallRecord, Holder, Journal
+
+
+class CallRecorder:
+    """Records the calls of one client's turn at a session.
+
+    Args:
+        journal: Where to.
+        holder: Whose turn it is.
+        clock: Wall-clock seconds, for people.
+        stopwatch: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        holder: Holder,
+        *,
+        clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal, self._holder = journal, holder
+        self._clock, self._stopwatch = clock, stopwatch
+
+    def begin(self, claim: Claim, *, idempotent: bool) -> RunningRecord:
+        """Note that a tool starts; of an idempotent one only when it has ended.
+
+        Raises:
+            JournalUnusable, Fenced, CallGone: The tool must not start.
+        """
+        record = CallRecord(
+            sandbox_id=self._holder.sandbox_id,
+            call_id=claim.call_id,
+            attempt=claim.attempt,
+            session_id=self._holder.session_id,
+            sandbox=self._holder.sandbox,
+            execution_id=claim.execution_id,
+            tool=claim.tool,
+            started_at=self._clock(),
+        )
+        if not idempotent:
+            self._journal.intend(self._holder, record)
+        return RunningRecord(self._journal, record, not idempotent, self._stopwatch)
+
+
+class RunningRecord:
+    """The record of a tool that runs."""
+
+    def __init__(self, journal: Journal, record: CallRecord, durable: bool, stopwatch: Callable[[], float]) -> None:
+        self._journal, self._record, self._durable = journal, record, durable
+        self._stopwatch, self._started_at = stopwatch, stopwatch()
+
+    def conclude(self, result: ToolResult, blobs: Sequence[Blob]) -> None:
+        """Record the outcome before the broker is told.
+
+        Raises:
+            JournalUnusable: It could not be; the outcome must not be told.
+        """
+        record = dataclasses.replace(
+            self._record,
+            state=DONE if result.error is None else FAILED,
+            duration_s=self._stopwatch() - self._started_at,
+            outcome=pack(result, blobs),
+        )
+        self._journal.conclude(record, durable=self._durable)
+
+    def delivered(self) -> None:
+        """Note that the broker has it."""
+        self._journal.delivered(self._record.key)
+
+
+def pack(result: ToolResult, blobs: Sequence[Blob]) -> bytes | None:
+    """Return an outcome as the journal keeps it, or None where it is too large."""
+    if sum(map(len, blobs)) > MAX_OUTCOME_BYTES:
+        return None
+    return b"".join(dump_frame(result.to_json(), blobs))
+
+
+def unpack(outcome: bytes) -> tuple[ToolResult, Sequence[Any]]:
+    """Return what ``pack`` packed."""
+    header, blobs = load_frame(outcome)
+    return ToolResult.from_json(header), blobs
