@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,15 @@ __all__ = ["engine", "runtime"]
 HELD = Check(name="user", wanted="20000", found="20000", held=True)
 OPEN = Check(name="internet sockets", wanted="refused", found="possible", held=False)
 FULL = Limits(memory_bytes=1 << 30, swap_bytes=0, pids=2048, cpus=1.0)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tests_that_the_document_names_exist() -> None:
+    named = set(re.findall(r"`(tests/[^`]+)`", (ROOT / "docs" / "security.md").read_text()))
+    assert len(named) >= 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def report(*checks: Check, limits: Limits = FULL) -> Any:
