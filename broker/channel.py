@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import socket
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,78 +12,18 @@ import gevent
 import gevent.socket
 
 from broker.protocol import frames, limits
-from broker.protocol.frames import Blob, FrameError
+from broker.protocol.frames import Blob, FrameAssembler, FrameError
 
 JsonObject = dict[str, Any]
 
 #: What a worker may send in one frame. Its values are bounded like a tool call's.
 MAX_WORKER_FRAME_BYTES = limits.MAX_TOOL_CALL_BYTES
 
-_LENGTH = struct.Struct(">I")
 _SMALL_READ_BYTES = 64 << 10
 #: Read in one turn of the event loop; more is left to the next turn, so that one worker starves nobody.
 _MOST_READ_BYTES = 4 << 20
 #: The kernel takes at most 1,024 pieces at once.
 _MOST_PIECES = 512
-
-
-class FrameAssembler:
-    """Puts frames together from a stream of bytes that arrives in pieces of any size.
-
-    Args:
-        max_bytes: Largest frame accepted.
-    """
-
-    def __init__(self, max_bytes: int = MAX_WORKER_FRAME_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._data = bytearray()
-        self._header: JsonObject | None = None
-        self._header_end = self._frame_end = 0
-
-    @property
-    def missing(self) -> int:
-        """Bytes missing to the end of the current frame, or 0 where that is not known yet."""
-        return max(0, self._frame_end - len(self._data)) if self._header is not None else 0
-
-    def add(self, data: Blob) -> None:
-        """Take in bytes."""
-        self._data += data
-
-    def next(self) -> tuple[JsonObject, list[memoryview]] | None:
-        """Return the next whole frame, or None. The blobs are views.
-
-        Raises:
-            FrameError: These bytes are no frame, or too large a one.
-        """
-        if self._header is None and not self._read_header():
-            return None
-        if len(self._data) < self._frame_end or self._header is None:
-            return None
-        header, self._header = self._header, None
-        if self._header_end == self._frame_end:
-            del self._data[: self._frame_end]
-            return header, []
-        body, self._data = self._data, bytearray(memoryview(self._data)[self._frame_end :])
-        view, start, blobs = memoryview(body), self._header_end, []
-        for length in header["blobs"]:
-            blobs.append(view[start : start + length])
-            start += length
-        return header, blobs
-
-    def _read_header(self) -> bool:
-        if len(self._data) < _LENGTH.size:
-            return False
-        (length,) = _LENGTH.unpack_from(self._data)
-        if length > min(limits.MAX_HEADER_BYTES, self._max_bytes):
-            raise FrameError(f"header of {length} bytes exceeds the limit")
-        end = _LENGTH.size + length
-        if len(self._data) < end:
-            return False
-        header = frames.parse_json_object(self._data[_LENGTH.size : end])
-        self._header_end = end
-        self._frame_end = end + sum(frames.blob_lengths(header, max_bytes=self._max_bytes))
-        self._header = header
-        return True
 
 
 class Channel:
@@ -108,7 +47,7 @@ class Channel:
         sock.setblocking(False)
         self._sock = sock
         self._on_frame, self._on_broken, self._on_closed = on_frame, on_broken, on_closed
-        self._frames = FrameAssembler()
+        self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES)
         self._writer: gevent.Greenlet | None = None
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)

@@ -20,6 +20,7 @@
     ├ CallGone              410  the call ended without this answer
     ├ LengthRequired        411
     ├ PayloadTooLarge       413
+    ├ UpgradeRequired       426  the path speaks frames only
     ├ TooManySessions       429
     ├ TooManyCalls          429
     ├ InternalError         500
@@ -96,6 +97,12 @@ class WrongMethod(BrokerError):
     """The path exists, but not for this method."""
 
     code, status = "method_not_allowed", 405
+
+
+class UpgradeRequired(BrokerError):
+    """The path speaks frames only, after an HTTP Upgrade."""
+
+    code, status = "upgrade_required", 426
 
 
 class SessionBusy(BrokerError):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flask import Blueprint, Flask, Response, current_app, request
 
 from broker.bodies import body_length, read_body, reply
+from broker.framed import FramedConnection, guest_routes
 from broker.live_session import LiveSession, StatusWithBlobs
 from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.messages import ToolCallRequest
+from broker.query import query_number
 from broker.sessions import Sessions
-from broker.web import connection_of, make_app, query_number
+from broker.web import connection_of, make_app, upgrade_to_frames
 
 guest_api = Blueprint("guest", __name__, url_prefix="/v1")
 
@@ -19,6 +23,7 @@ def make_guest_app(sessions: Sessions, log: Log) -> Flask:
     """Return the app of the guest plane."""
     app = make_app("guest", log)
     app.extensions["sessions"] = sessions
+    app.extensions["log"] = log
     app.register_blueprint(guest_api)
     return app
 
@@ -41,6 +46,18 @@ def read_tool_call(call_id: str) -> Response:
     session = _session()
     call = session.core.tool_calls.get(call_id)
     return _status(session.wait_for_call(call, query_number(request.args, "wait_s", 0.0)))
+
+
+@guest_api.get("/frames")
+def speak_frames() -> Response:
+    """101: from here on the same requests in frames. 426 ``upgrade_required`` where it was not asked for."""
+    session, connection = _session(), connection_of(request)
+
+    def serve(sock: Any) -> None:
+        FramedConnection(sock, connection, guest_routes(session), log, max_bytes=limits.MAX_GUEST_FRAME_BYTES).serve()
+
+    log: Log = current_app.extensions["log"]
+    return upgrade_to_frames(request, serve)
 
 
 def _session() -> LiveSession:

@@ -11,18 +11,20 @@ from typing import Any
 from flask import Blueprint, Flask, Response, current_app, request
 
 import broker
-from broker import protocol
+from broker import host_requests, protocol
 from broker.bodies import read_body, read_optional_body, reply
 from broker.errors import LeaseExpired
+from broker.framed import FramedConnection, host_routes
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
-from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult, Verdict
+from broker.protocol.messages import Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
+from broker.query import query_number
 from broker.sessions import Sessions
 from broker.tool_calls import ToolCall
-from broker.web import connection_of, make_app, query_number
+from broker.web import connection_of, make_app, upgrade_to_frames
 
 JsonObject = dict[str, Any]
 
@@ -37,6 +39,7 @@ class HostPlane:
     """What the handlers of this plane work on."""
 
     sessions: Sessions
+    log: Log
     name: str | None
     started_at: float
     connections: Callable[[], int]
@@ -61,7 +64,7 @@ def make_host_app(
         self_test: Returns what the sandbox found out about itself; may wait for it.
     """
     app = make_app("host", log)
-    app.extensions["plane"] = HostPlane(sessions, name, time.monotonic(), connections, self_test)
+    app.extensions["plane"] = HostPlane(sessions, log, name, time.monotonic(), connections, self_test)
     app.register_blueprint(host_api)
     return app
 
@@ -131,24 +134,16 @@ def execute(session_id: str) -> Response:
     """200: Progress. Body: ExecuteRequest. 409 ``session_busy``, ``fenced``; 410 ``session_lost``."""
     session = _plane().sessions[session_id]
     header, blobs, _ = read_body(request)
-    query = request.args
-    wanted = ClaimRequest(
-        limit=int(query_number(query, "limit", limits.DEFAULT_CONCURRENT_TOOL_CALLS, high=10_000)),
-        wait_s=query_number(query, "wait_s", 0.0),
-        lease_s=query_number(query, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
-        start=query_number(query, "start", 1) != 0,
-    )
-    _check_epoch(session)  # after the body was read, which may have taken a while
-    return _progress(session.run(ExecuteRequest.from_json(header), blobs, wanted, connection_of(request).still_there))
+    still_there = connection_of(request).still_there
+    return _progress(host_requests.execute(session, request.args, header, blobs, still_there))
 
 
 @host_api.post("/sessions/<session_id>/claims")
 def claim_tool_calls(session_id: str) -> Response:
     """200: Progress, as soon as there are claims or the execution has ended. Body: ClaimRequest."""
     session = _plane().sessions[session_id]
-    wanted = ClaimRequest.from_json(read_body(request, max_bytes=limits.MAX_HEADER_BYTES)[0])
-    _check_epoch(session)
-    return _progress(session.claim(wanted, connection_of(request).still_there))
+    body = read_body(request, max_bytes=limits.MAX_HEADER_BYTES)[0]
+    return _progress(host_requests.claim(session, request.args, body, connection_of(request).still_there))
 
 
 @host_api.get("/executions/<execution_id>")
@@ -208,14 +203,23 @@ def renew_lease(call_id: str) -> Response:
 def answer_tool_call(call_id: str) -> Response:
     """200: stored. Body: ToolResult. 404 ``unknown_call``; 409 ``lease_expired``; 410 ``call_gone``."""
     header, blobs, size = read_body(request, max_bytes=limits.MAX_TOOL_CALL_BYTES)
-    session = _holder(call_id)
-    call = session.finish_call(call_id, ToolResult.from_json(header), blobs, size)
-    return reply(_describe_call(session, call))
+    answered = host_requests.answer(_plane().sessions, call_id, request.args, header, blobs, size)
+    return reply(_describe_call(*answered))
+
+
+@host_api.get("/frames")
+def speak_frames() -> Response:
+    """101: from here on the most frequent requests in frames. 426 ``upgrade_required`` where it was not asked for."""
+    plane, connection = _plane(), connection_of(request)
+
+    def serve(sock: Any) -> None:
+        FramedConnection(sock, connection, host_routes(plane.sessions), plane.log).serve()
+
+    return upgrade_to_frames(request, serve)
 
 
 def _check_epoch(session: LiveSession) -> None:
-    """Refuse a client that no longer holds the session; one that names no epoch is its creator."""
-    session.core.check_epoch(int(query_number(request.args, "epoch", 1, low=1, high=1 << 53)))
+    host_requests.check_epoch(session, request.args)
 
 
 def _holder(call_id: str) -> LiveSession:

@@ -36,10 +36,12 @@ class Connection:
 
     Attributes:
         peer: Who connected.
+        upgraded: What serves the connection from the end of the current request on, or None for HTTP.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.upgraded: Callable[[Any], None] | None = None
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self.peer = Peer(pid=pid, uid=uid)
 
@@ -110,6 +112,10 @@ class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     def handle_one_request(self) -> Any:
         """Serve one request; what pywsgi would answer as text is answered in JSON."""
         result = super().handle_one_request()
+        upgraded = self.server.connections[self.socket].upgraded
+        if upgraded is not None:
+            upgraded(self.socket)
+            return None
         if isinstance(result, tuple):
             return result[0], canned_reply(BadRequest("malformed HTTP request"))
         return result

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import Any
 
 from flask import Flask, Request, Response
 from werkzeug.exceptions import HTTPException
 
 from broker.bodies import error_reply
-from broker.errors import BadRequest, BrokerError, InternalError, UnknownRoute, WrongMethod
+from broker.errors import BadRequest, BrokerError, InternalError, UnknownRoute, UpgradeRequired, WrongMethod
 from broker.logs import Log
 from broker.protocol import reading
+from broker.protocol.frames import FRAMED_UPGRADE
 from broker.unix_server import Connection
 
 #: Key of the WSGI environment under which the server puts the connection.
@@ -42,24 +43,22 @@ def connection_of(request: Request) -> Connection:
     return connection
 
 
-def query_number(
-    query: Mapping[str, str], name: str, default: float, *, low: float = 0.0, high: float = 86_400.0
-) -> float:
-    """Read a number from the query string.
+def upgrade_to_frames(request: Request, serve: Callable[[Any], None]) -> Response:
+    """Return the reply after which the connection speaks frames.
+
+    Args:
+        request: Must ask for it in its ``Upgrade`` header.
+        serve: Called with the connection's socket once the reply is sent; the connection ends when it returns.
 
     Raises:
-        BadRequest: Not a number, or out of range.
+        UpgradeRequired: It did not ask.
     """
-    text = query.get(name)
-    if text is None:
-        return default
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not low <= number <= high:
-        raise BadRequest(f"query: '{name}' must be a number between {low:g} and {high:g}")
-    return number
+    if request.headers.get("Upgrade", "").lower() != FRAMED_UPGRADE:
+        raise UpgradeRequired(f"ask with 'Connection: Upgrade' and 'Upgrade: {FRAMED_UPGRADE}'")
+    connection_of(request).upgraded = serve
+    response = Response(status=101, headers=[("Connection", "Upgrade"), ("Upgrade", FRAMED_UPGRADE)])
+    del response.headers["Content-Type"]  # there is no body
+    return response
 
 
 def _http_error(error: HTTPException) -> Response:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from broker.protocol.frames import Blob
+from broker.protocol.frames import Blob, FrameAssembler
 
 #: Our broker's heads have some 150 bytes.
 _MAX_HEAD_BYTES = 16 << 10
@@ -19,6 +20,7 @@ _JOIN_BYTES = 64 << 10
 #: What one call of sendmsg is given at most, so that the deadline is looked at now and then.
 _SEND_BYTES = 4 << 20
 _END_OF_HEAD = b"\r\n\r\n"
+_SWITCHING_PROTOCOLS = 101
 
 
 class BadReply(ValueError):
@@ -83,6 +85,53 @@ class Exchange:
             raise BadReply(f"a reply of {int(length)} bytes where at most {max_bytes} are taken")
         body = self._body(rest, int(length))
         return status, fields.get("content-type", ""), fields.get("connection", "").lower() != "close", body
+
+    def upgrade(self, path: str, protocol: str) -> bool:
+        """Ask to speak another protocol from here on; tell whether the other side agreed.
+
+        Raises:
+            BadReply, ConnectionEnded, OSError: As for ``receive``.
+        """
+        self._arm()
+        request = f"GET {path} HTTP/1.1\r\nHost: sandbox\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n"
+        self._connection.sendall(request.encode("ascii"))
+        head, rest = self._head()
+        status, _ = _parse_head(head)
+        return status == _SWITCHING_PROTOCOLS and not rest
+
+    def send_frame(self, pieces: Sequence[Blob]) -> None:
+        """Send a frame; large blobs are not copied.
+
+        Raises:
+            OSError: The connection broke, or ``TimeoutError``.
+        """
+        if sum(map(len, pieces)) <= _JOIN_BYTES:
+            self._arm()
+            self._connection.sendall(b"".join(pieces))
+        else:
+            self._send_pieces(pieces)
+
+    def receive_frame(self, *, max_bytes: int) -> tuple[dict[str, Any], list[memoryview]]:
+        """Return the next frame.
+
+        Raises:
+            FrameError: Not a frame, or one of more than ``max_bytes``.
+            BadReply: More than one frame.
+            ConnectionEnded: The other side closed it.
+            OSError: The connection broke, or ``TimeoutError``.
+        """
+        assembler = FrameAssembler(max_bytes)
+        while True:
+            self._arm()
+            received = self._connection.recv(max(_RECEIVE_BYTES, min(assembler.missing, 1 << 20)))
+            if not received:
+                raise ConnectionEnded(clean=not assembler.started)
+            assembler.add(received)
+            frame = assembler.next()
+            if frame is not None:
+                if assembler.started:
+                    raise BadReply("bytes after the reply")
+                return frame
 
     def _arm(self) -> None:
         left_s = self._deadline - time.monotonic()

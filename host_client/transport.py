@@ -6,12 +6,14 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from broker.protocol import frames, limits
 from broker.protocol.frames import Blob
+from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
 from host_client.errors import BrokerUnreachable, MalformedReply
 from host_client.http_wire import BadReply, ConnectionEnded, Exchange
@@ -35,6 +37,10 @@ class Reply(NamedTuple):
     blobs: list[memoryview]
 
 
+#: Sends one request and reads its reply; also tells whether the connection can be used again.
+Talk = Callable[[Exchange], tuple[Reply, bool]]
+
+
 class BrokerTimeout(BrokerUnreachable):
     """The broker is there but did not answer in time."""
 
@@ -51,6 +57,7 @@ class Transport(Protocol):
         *,
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
+        framed: bool = False,
     ) -> Reply:
         """Send one request and return the reply, whatever its status.
 
@@ -61,6 +68,7 @@ class Transport(Protocol):
             blobs: Raw parts; with any, the body is a frame.
             timeout_s: For the whole exchange, in seconds.
             max_reply_bytes: Largest body taken.
+            framed: The broker serves this request in frames too, which costs less where the transport can.
 
         Raises:
             BrokerUnreachable: Nothing listens, the connection broke, or ``BrokerTimeout``.
@@ -83,7 +91,9 @@ class UnixSocketTransport:
         # Guards _idle, _pid and _closed: a connection is in _idle or in the hands of one thread, never both.
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.
         self._lock = threading.RLock()
-        self._idle: list[socket.socket] = []
+        # Connections that speak frames apart from those that speak HTTP.
+        self._idle: dict[bool, list[socket.socket]] = {True: [], False: []}
+        self._speaks_frames = True
         self._pid = os.getpid()
         self._closed = False
 
@@ -96,69 +106,95 @@ class UnixSocketTransport:
         *,
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
+        framed: bool = False,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
-        content_type, body = _body(header, blobs)
-        connection = self._take()
+        talk: Talk
+        if framed and self._speaks_frames:
+            talk = partial(_in_frames, f"{method} {path}", header or {}, blobs, max_reply_bytes)
+        else:
+            talk, framed = partial(_over_http, method, path, _body(header, blobs), max_reply_bytes), False
         try:
+            connection = self._take(framed)
             if connection is not None:
                 try:
-                    return self._exchange(connection, method, path, content_type, body, timeout_s, max_reply_bytes)
+                    return self._exchange(connection, talk, timeout_s, framed=framed)
                 except (ConnectionEnded, BrokenPipeError, ConnectionResetError) as error:
                     if isinstance(error, ConnectionEnded) and not error.clean:
                         raise
-            connection = unix_socket.connect(self._path, timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S))
-            return self._exchange(connection, method, path, content_type, body, timeout_s, max_reply_bytes)
+            connection = self._open(framed, min(timeout_s, _CONNECT_TIMEOUT_S))
+            if connection is None:  # a broker that does not speak frames
+                self._speaks_frames = False
+                return self.request(method, path, header, blobs, timeout_s=timeout_s, max_reply_bytes=max_reply_bytes)
+            return self._exchange(connection, talk, timeout_s, framed=framed)
         except TimeoutError:
             raise BrokerTimeout(f"the broker did not answer {method} {path} within {timeout_s:.1f} s") from None
         except OSError as error:
             raise BrokerUnreachable(f"no answer from the broker: {error.strerror or error}") from None
-        except (BadReply, frames.FrameError) as error:
+        except (BadReply, frames.FrameError, BadRequest) as error:
             raise MalformedReply(f"the broker's answer to {method} {path} is malformed: {error}") from None
 
     def close(self) -> None:
         """Close the idle connections, and every other one as soon as it is given back."""
         with self._lock:
-            idle, self._idle, self._closed = self._idle, [], True
-        for connection in idle:
+            idle, self._idle, self._closed = self._idle, {True: [], False: []}, True
+        for connection in (*idle[True], *idle[False]):
             connection.close()
 
-    def _exchange(
-        self,
-        connection: socket.socket,
-        method: str,
-        path: str,
-        content_type: str,
-        body: Sequence[Blob],
-        timeout_s: float,
-        max_reply_bytes: int,
-    ) -> Reply:
+    def _open(self, framed: bool, timeout_s: float) -> socket.socket | None:
+        """Return a new connection, or None where frames are asked for and the broker does not speak them."""
+        connection = unix_socket.connect(self._path, timeout_s=timeout_s)
+        try:
+            if not framed or Exchange(connection, timeout_s=timeout_s).upgrade("/v1/frames", frames.FRAMED_UPGRADE):
+                return connection
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        return None
+
+    def _exchange(self, connection: socket.socket, talk: Talk, timeout_s: float, *, framed: bool) -> Reply:
         reusable = False
         try:
-            exchange = Exchange(connection, timeout_s=timeout_s)
-            exchange.send(method, path, content_type, body)
-            status, reply_type, reusable, received = exchange.receive(max_bytes=max_reply_bytes)
+            reply, reusable = talk(Exchange(connection, timeout_s=timeout_s))
         finally:
-            self._give_back(connection, reusable)
-        if reply_type.startswith(frames.FRAME_CONTENT_TYPE):
-            return Reply(status, *frames.load_frame(received, max_bytes=max_reply_bytes))
-        return Reply(status, frames.parse_json_object(received) if received else {}, [])
+            self._give_back(connection, framed, reusable)
+        return reply
 
-    def _take(self) -> socket.socket | None:
+    def _take(self, framed: bool) -> socket.socket | None:
         with self._lock:
             if self._pid != os.getpid():
                 # After a fork: these connections are the parent's, who is using them.
-                inherited, self._idle, self._pid = self._idle, [], os.getpid()
-                for connection in inherited:
+                inherited, self._idle, self._pid = self._idle, {True: [], False: []}, os.getpid()
+                for connection in (*inherited[True], *inherited[False]):
                     connection.close()
-            return self._idle.pop() if self._idle else None
+            return self._idle[framed].pop() if self._idle[framed] else None
 
-    def _give_back(self, connection: socket.socket, reusable: bool) -> None:
+    def _give_back(self, connection: socket.socket, framed: bool, reusable: bool) -> None:
         with self._lock:
-            if reusable and not self._closed and len(self._idle) < _MAX_IDLE_CONNECTIONS:
-                self._idle.append(connection)
+            if reusable and not self._closed and len(self._idle[framed]) < _MAX_IDLE_CONNECTIONS:
+                self._idle[framed].append(connection)
                 return
         connection.close()
+
+
+def _in_frames(
+    request: str, body: dict[str, Any], blobs: Sequence[Blob], max_reply_bytes: int, exchange: Exchange
+) -> tuple[Reply, bool]:
+    exchange.send_frame(frames.dump_frame({"request": request, "body": body}, blobs))
+    header, received = exchange.receive_frame(max_bytes=max_reply_bytes)
+    read = Reader(header, "framed reply")
+    return Reply(read.integer("status"), read.mapping("body"), received), True
+
+
+def _over_http(
+    method: str, path: str, body: tuple[str, Sequence[Blob]], max_reply_bytes: int, exchange: Exchange
+) -> tuple[Reply, bool]:
+    exchange.send(method, path, *body)
+    status, reply_type, reusable, received = exchange.receive(max_bytes=max_reply_bytes)
+    if reply_type.startswith(frames.FRAME_CONTENT_TYPE):
+        return Reply(status, *frames.load_frame(received, max_bytes=max_reply_bytes)), reusable
+    return Reply(status, frames.parse_json_object(received) if received else {}, []), reusable
 
 
 def _body(header: dict[str, Any] | None, blobs: Sequence[Blob]) -> tuple[str, Sequence[Blob]]:

@@ -20,6 +20,9 @@ from typing import Any
 from broker.protocol import limits
 
 FRAME_CONTENT_TYPE = "application/vnd.rlm-sandbox.frame"
+
+#: Name of the framed form of a plane in HTTP's Upgrade header.
+FRAMED_UPGRADE = "rlm-sandbox.frames"
 JSON_CONTENT_TYPE = "application/json"
 
 Blob = bytes | bytearray | memoryview
@@ -119,6 +122,75 @@ def read_frame(
         raise FrameError(f"header of {head_length} bytes exceeds the limit")
     header = parse_json_object(read_exactly(head_length))
     return header, [read_exactly(length) for length in blob_lengths(header, max_bytes=max_bytes)]
+
+
+class FrameAssembler:
+    """Puts frames together from a stream of bytes that arrives in pieces of any size.
+
+    Args:
+        max_bytes: Largest frame accepted.
+
+    Attributes:
+        size: Bytes of the frame that ``next`` returned last.
+    """
+
+    def __init__(self, max_bytes: int = limits.MAX_FRAME_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._data = bytearray()
+        self._header: dict[str, Any] | None = None
+        self._header_end = self._frame_end = 0
+        self.size = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether bytes of a frame are held that is not whole yet."""
+        return bool(self._data)
+
+    @property
+    def missing(self) -> int:
+        """Bytes missing to the end of the current frame, or 0 where that is not known yet."""
+        return max(0, self._frame_end - len(self._data)) if self._header is not None else 0
+
+    def add(self, data: Blob) -> None:
+        """Take in bytes."""
+        self._data += data
+
+    def next(self) -> tuple[dict[str, Any], list[memoryview]] | None:
+        """Return the next whole frame, or None. The blobs are views.
+
+        Raises:
+            FrameError: These bytes are no frame, or too large a one.
+        """
+        if self._header is None and not self._read_header():
+            return None
+        if len(self._data) < self._frame_end or self._header is None:
+            return None
+        header, self._header = self._header, None
+        self.size = self._frame_end
+        if self._header_end == self._frame_end:
+            del self._data[: self._frame_end]
+            return header, []
+        body, self._data = self._data, bytearray(memoryview(self._data)[self._frame_end :])
+        view, start, blobs = memoryview(body), self._header_end, []
+        for length in header["blobs"]:
+            blobs.append(view[start : start + length])
+            start += length
+        return header, blobs
+
+    def _read_header(self) -> bool:
+        if len(self._data) < _LENGTH.size:
+            return False
+        (length,) = _LENGTH.unpack_from(self._data)
+        if length > min(limits.MAX_HEADER_BYTES, self._max_bytes):
+            raise FrameError(f"header of {length} bytes exceeds the limit")
+        end = _LENGTH.size + length
+        if len(self._data) < end:
+            return False
+        header = parse_json_object(self._data[_LENGTH.size : end])
+        self._header_end = end
+        self._frame_end = end + sum(blob_lengths(header, max_bytes=self._max_bytes))
+        self._header = header
+        return True
 
 
 def blob_lengths(header: dict[str, Any], *, max_bytes: int) -> Iterator[int]:

@@ -11,6 +11,10 @@ MAX_FRAME_BYTES = 2 << 30
 #: What generated code may send in one tool call, and a tool may answer.
 MAX_TOOL_CALL_BYTES = 256 << 20
 
+#: What generated code sends in one framed request; thousands of its connections may hold that much at once. More goes
+#: by HTTP, where room for each body is reserved before it is read.
+MAX_GUEST_FRAME_BYTES = 32 << 10
+
 #: Strings and bytes from here on travel as raw blobs: JSON would escape and copy them.
 BLOB_THRESHOLD_BYTES = 4 << 10
 

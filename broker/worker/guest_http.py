@@ -1,4 +1,4 @@
-"""A lean HTTP/1.1 client for the guest plane: keep-alive connections over the Unix socket, one call at a time each."""
+"""A lean client for the guest plane: kept connections over the Unix socket, one call at a time each, framed or HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from broker.protocol import frames, limits
 from broker.protocol.frames import Blob
@@ -23,6 +23,9 @@ _READ_BYTES = 64 << 10
 _JOIN_BYTES = 64 << 10
 # One for a kept connection that the broker had closed, one for bad luck.
 _ATTEMPTS = 3
+_UPGRADE = (
+    f"GET /v1/frames HTTP/1.1\r\nHost: guest\r\nConnection: Upgrade\r\nUpgrade: {frames.FRAMED_UPGRADE}\r\n\r\n"
+).encode("ascii")
 _ACCEPT = f"{frames.JSON_CONTENT_TYPE}, {frames.FRAME_CONTENT_TYPE}"
 
 
@@ -31,20 +34,20 @@ class CallsCut(Exception):
 
 
 class Reply(NamedTuple):
-    """A reply: HTTP status, whether the body is a frame (else JSON), the body."""
+    """A reply: HTTP status, its JSON object, and the blobs beside that."""
 
     status: int
-    is_frame: bool
-    body: Blob
+    body: dict[str, Any]
+    blobs: Sequence[Blob]
 
 
 class _Connection:
     """One socket with the bytes read ahead."""
 
-    __slots__ = ("cut", "sock")
+    __slots__ = ("cut", "framed", "sock")
 
     def __init__(self, path: str) -> None:
-        self.cut = False
+        self.cut = self.framed = False
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _SILENCE_S, 0))
@@ -53,25 +56,51 @@ class _Connection:
             self.sock.close()
             raise
 
-    def exchange(self, pieces: Sequence[Blob]) -> tuple[Reply, bool]:
+    def upgrade(self) -> bool:
+        """Ask to speak frames; tell whether the broker agreed. Where it did not, the connection is of no more use."""
+        self.sock.sendall(_UPGRADE)
+        head, rest = self._head()
+        self.framed = head.startswith(b"HTTP/1.1 101 ") and not rest
+        return self.framed
+
+    def exchange(self, message: Sequence[Blob]) -> tuple[Reply, bool]:
         """Send a request and read the reply; also tell whether the connection can be used again."""
-        for piece in pieces:
+        for piece in message:
             self.sock.sendall(piece)
+        return (self._framed_reply(), True) if self.framed else self._http_reply()
+
+    def _framed_reply(self) -> Reply:
+        assembler = frames.FrameAssembler()
+        while (frame := assembler.next()) is None:
+            assembler.add(self._receive(max(_READ_BYTES, min(assembler.missing, 1 << 20))))
+        header, blobs = frame
+        status, body = header.get("status"), header.get("body")
+        if type(status) is not int or not isinstance(body, dict):
+            raise ConnectionError("the reply is not the guest plane's")
+        return Reply(status, body, blobs)
+
+    def _http_reply(self) -> tuple[Reply, bool]:
+        head, start = self._head()
+        status, length, is_frame, reusable = _parse_head(head)
+        if len(start) > length:
+            raise ConnectionError("the reply is longer than announced")
+        body: Blob = start if len(start) == length else self._rest(start, length)
+        try:
+            header, blobs = frames.load_frame(body) if is_frame else (frames.parse_json_object(body), [])
+        except frames.FrameError as error:
+            raise BrokerGone(f"the sandbox's broker sent no tool call status ({status}): {error}") from None
+        return Reply(status, header, blobs), reusable
+
+    def _head(self) -> tuple[bytes, bytes]:
         data = b""
         while (end := data.find(b"\r\n\r\n")) < 0:
             if len(data) > _MAX_HEAD_BYTES:
                 raise ConnectionError("the reply's head does not end")
             data += self._receive()
-        status, length, is_frame, reusable = _parse_head(data[:end])
-        body: Blob = data[end + 4 :]
-        if len(body) > length:
-            raise ConnectionError("the reply is longer than announced")
-        if len(body) < length:
-            body = self._rest(body, length)
-        return Reply(status, is_frame, body), reusable
+        return data[:end], data[end + 4 :]
 
-    def _receive(self) -> bytes:
-        data = self.sock.recv(_READ_BYTES)
+    def _receive(self, size: int = _READ_BYTES) -> bytes:
+        data = self.sock.recv(size)
         if not data:
             raise ConnectionError("the broker closed the connection")
         return data
@@ -99,24 +128,39 @@ class GuestPlane:
         self._path = path
         # list and set operations are atomic; only waiting for a descriptor needs the lock.
         self._idle: list[_Connection] = []
+        self._framed: list[_Connection] = []  # idle ones that speak frames
+        self._speaks_frames = True
         self._busy: set[_Connection] = set()
         self._freed = threading.Condition()
         self._starving = 0
 
-    def request(self, method: str, target: str, pieces: Sequence[Blob] = (), content_type: str = "") -> Reply:
+    def request(
+        self, method: str, target: str, body: dict[str, Any] | None = None, blobs: Sequence[Blob] = ()
+    ) -> Reply:
         """Send a request, again on a new connection where one breaks (so it must be safe to repeat).
 
+        Args:
+            method: HTTP method.
+            target: Path and query.
+            body: JSON object, or None for no body.
+            blobs: What its values refer to.
+
         Raises:
-            BrokerGone: Nothing listens there, or connections break again and again.
+            BrokerGone: Nothing listens there, connections break again and again, or a reply makes no sense.
             CallsCut: ``cut_waits`` was called meanwhile.
         """
-        message = _compose(method, target, pieces, content_type)
         failure: Exception | None = None
+        framed = frames.dump_frame({"request": f"{method} {target}", "body": body or {}}, blobs)
+        fits = sum(map(len, framed)) <= limits.MAX_GUEST_FRAME_BYTES
         for _ in range(_ATTEMPTS):
-            connection = self._take()
+            connection = self._take(fits)
             try:
+                if connection.framed:
+                    message: Sequence[Blob] = (b"".join(framed),)
+                else:
+                    message = _compose(method, target, body, blobs)
                 reply, reusable = connection.exchange(message)
-            except OSError as error:  # includes the silence time-out
+            except (OSError, frames.FrameError) as error:  # includes the silence time-out
                 self._drop(connection)
                 if connection.cut:
                     raise CallsCut from None
@@ -138,17 +182,39 @@ class GuestPlane:
 
     def forget(self) -> None:
         """In a forked child: close the copies of the parent's connections."""
-        for connection in [*self._idle, *self._busy]:
+        for connection in [*self._idle, *self._framed, *self._busy]:
             connection.sock.close()
         self.__init__(self._path)  # type: ignore[misc]  # the locks may be held by threads that are not here
 
-    def _take(self) -> _Connection:
+    def _take(self, framed: bool) -> _Connection:
+        """Return a connection that nobody uses.
+
+        Frames save time on every call but cost an exchange to begin with: not for the connections of a burst, which
+        are closed after one call.
+        """
         try:
-            connection = self._idle.pop()
+            connection = (self._framed if framed else self._idle).pop()
         except IndexError:
-            connection = self._connect()
+            connection = self._begin(framed and self._speaks_frames and len(self._busy) < _MAX_IDLE)
         self._busy.add(connection)
         return connection
+
+    def _begin(self, framed: bool) -> _Connection:
+        with contextlib.suppress(IndexError):
+            if not framed:
+                return self._idle.pop()
+        connection = self._connect()
+        try:
+            if not framed or connection.framed or connection.upgrade():
+                return connection
+        except OSError:
+            pass  # found out by the request, which is repeated
+        except BaseException:
+            connection.sock.close()
+            raise
+        connection.sock.close()
+        self._speaks_frames = False
+        return self._connect()
 
     def _connect(self) -> _Connection:
         while True:
@@ -158,23 +224,25 @@ class GuestPlane:
                 if error.errno != errno.EMFILE or not self._busy:
                     raise BrokerGone(f"the sandbox's broker is gone: {error}") from None
             self._await_freed()
-            with contextlib.suppress(IndexError):
-                return self._idle.pop()
+            for idle in (self._idle, self._framed):
+                with contextlib.suppress(IndexError):
+                    return idle.pop()
 
     def _await_freed(self) -> None:
         """Out of descriptors: wait until another thread is done with its connection."""
         with self._freed:
             self._starving += 1
             try:
-                if self._busy and not self._idle:
+                if self._busy and not self._idle and not self._framed:
                     self._freed.wait()
             finally:
                 self._starving -= 1
 
     def _give_back(self, connection: _Connection, reusable: bool) -> None:
         self._busy.discard(connection)
-        if reusable and not connection.cut and (len(self._idle) < _MAX_IDLE or self._starving):
-            self._idle.append(connection)
+        idle = self._framed if connection.framed else self._idle
+        if reusable and not connection.cut and (len(idle) < _MAX_IDLE or self._starving):
+            idle.append(connection)
         else:
             connection.sock.close()
         self._wake_starving()
@@ -190,10 +258,12 @@ class GuestPlane:
                 self._freed.notify()
 
 
-def _compose(method: str, target: str, pieces: Sequence[Blob], content_type: str) -> list[Blob]:
+def _compose(method: str, target: str, body: dict[str, Any] | None, blobs: Sequence[Blob]) -> list[Blob]:
     head = f"{method} {target} HTTP/1.1\r\nHost: guest\r\nAccept: {_ACCEPT}\r\n"
-    if not pieces:
+    if body is None:
         return [f"{head}\r\n".encode("ascii")]
+    pieces: Sequence[Blob] = frames.dump_frame(body, blobs) if blobs else (frames.dump_json(body),)
+    content_type = frames.FRAME_CONTENT_TYPE if blobs else frames.JSON_CONTENT_TYPE
     size = sum(map(len, pieces))
     first = f"{head}Content-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n".encode("ascii")
     if size <= _JOIN_BYTES:

@@ -50,9 +50,9 @@ class ToolCalls:
         execution = self._current.require(f"{tool}()")
         if execution.interrupts or execution.submission is not None:
             raise RuntimeError(f"{tool}() was not called: this execution is being ended")
-        pieces, content_type = _request(execution.execution_id, tool, names, args, kwargs)
+        body, blobs = _request(execution.execution_id, tool, names, args, kwargs)
         try:
-            status, blobs = self._status(self._plane.request("POST", "/v1/tool-calls", pieces, content_type))
+            status, blobs = self._status(self._plane.request("POST", "/v1/tool-calls", body, blobs))
             while status.state in _PENDING:
                 target = f"/v1/tool-calls/{status.call_id}?wait_s={limits.MAX_WAIT_S:g}"
                 status, blobs = self._status(self._plane.request("GET", target))
@@ -71,22 +71,17 @@ class ToolCalls:
         self._plane.forget()
 
     def _status(self, reply: Reply) -> tuple[ToolCallStatus, Sequence[frames.Blob]]:
+        if reply.status not in (_OK, _CREATED, _ACCEPTED):
+            raise _refusal(reply.status, reply.body)
         try:
-            header, blobs = frames.load_frame(reply.body) if reply.is_frame else (_parse(reply.body), [])
-            if reply.status in (_OK, _CREATED, _ACCEPTED):
-                return ToolCallStatus.from_json(header), blobs
+            return ToolCallStatus.from_json(reply.body), reply.blobs
         except ValueError as error:
             raise BrokerGone(f"the sandbox's broker sent no tool call status ({reply.status}): {error}") from None
-        raise _refusal(reply.status, header)
-
-
-def _parse(body: frames.Blob) -> dict[str, Any]:
-    return frames.parse_json_object(body)
 
 
 def _request(
     execution_id: str, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[frames.Blob], str]:
+) -> tuple[dict[str, Any], Sequence[frames.Blob]]:
     encoder = Encoder(listify=True)
     try:
         sent_args = [encoder.encode(value, _path(names, i)) for i, value in enumerate(args)]
@@ -104,16 +99,19 @@ def _request(
         "kwargs": sent_kwargs,
         "wait_s": limits.MAX_WAIT_S,
     }
-    if encoder.blobs:
-        pieces, kind = frames.dump_frame(body, encoder.blobs), frames.FRAME_CONTENT_TYPE
-    else:
-        pieces, kind = [_to_json(body).encode("ascii")], frames.JSON_CONTENT_TYPE
-    size = sum(map(len, pieces))
-    if size > limits.MAX_TOOL_CALL_BYTES or len(pieces[0]) > limits.MAX_HEADER_BYTES:
+    size = sum(map(len, encoder.blobs))
+    head_size = len(_to_json(body)) if size or _may_be_large(sent_args, sent_kwargs) else 0
+    if size + head_size > limits.MAX_TOOL_CALL_BYTES or head_size > limits.MAX_HEADER_BYTES:
         raise TypeError(
-            f"{tool}() was given {size:,} bytes of arguments; at most {limits.MAX_TOOL_CALL_BYTES:,} can be sent"
+            f"{tool}() was given {size + head_size:,} bytes of arguments; "
+            f"at most {limits.MAX_TOOL_CALL_BYTES:,} can be sent"
         )
-    return pieces, kind
+    return body, encoder.blobs
+
+
+def _may_be_large(args: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether any argument is a container: scalars and short strings need no measuring."""
+    return any(isinstance(value, (list, dict)) for value in (*args, *kwargs.values()))
 
 
 def _path(names: Sequence[str], position: int) -> str:

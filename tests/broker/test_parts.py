@@ -13,12 +13,11 @@ from typing import Any
 import gevent
 import pytest
 
-from broker.channel import FrameAssembler
 from broker.errors import BrokerError, SessionLost, TooManySessions
 from broker.logs import BURST_LINES, LINES_PER_S, Log
 from broker.output import MAX_LEFT_OVER_PIPES, OutputBuffer, OutputPipes
 from broker.protocol import limits
-from broker.protocol.frames import FrameError, dump_frame, parse_json_object
+from broker.protocol.frames import FrameAssembler, FrameError, dump_frame, parse_json_object
 from broker.protocol.reading import BadRequest
 from broker.sessions import Slots
 from broker.stopwatch import Stopwatch

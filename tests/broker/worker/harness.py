@@ -217,10 +217,12 @@ class GuestPlane:
         later: By call id, the status that a GET returns.
         requests: Every POST body, in the order of arrival.
         lines: Every request line with the number of its connection.
+        speaks_frames: Whether an Upgrade is granted; without, the worker speaks HTTP.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.speaks_frames = False
         self.tools: dict[str, Callable[..., Any]] = {}
         self.answers: dict[str, Answer] = {}
         self.later: dict[str, Answer] = {}
@@ -307,10 +309,40 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(status.pop("http_status", 200), status, out)
 
     def do_GET(self) -> None:
+        if self.path == "/v1/frames":
+            self._frames() if self.guest.speaks_frames else self._reply(404, {"error": {"message": "no frames"}}, [])
+            return
         with self.guest.lock:
             self.guest.lines.append((self.number, self.requestline))
         call_id = self.path.split("?")[0].rsplit("/", 1)[1]
         self._reply(200, self.guest.later[call_id]({"path": self.path}), [])
+
+    def _frames(self) -> None:
+        """Serve framed requests until the other side closes."""
+        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: rlm-sandbox.frames\r\n\r\n")
+        self.close_connection = True
+        while True:
+            header, blobs = frames.read_frame(self._exactly)
+            with self.guest.lock:
+                self.guest.lines.append((self.number, header["request"]))
+                self.guest.requests.append(header["body"])
+                breaks = self.guest.break_after_reading > 0
+                self.guest.break_after_reading -= breaks
+            if breaks:
+                return
+            if header["request"].startswith("GET"):
+                call_id = header["request"].split("?")[0].rsplit("/", 1)[1]
+                status, out = self.guest.later[call_id]({"path": header["request"]}), []
+            else:
+                status, out = self.guest.status(header["body"], blobs)
+            reply = frames.dump_frame({"status": status.pop("http_status", 200), "body": status}, out)
+            self.wfile.write(b"".join(bytes(piece) for piece in reply))
+
+    def _exactly(self, count: int) -> bytes:
+        data = self.rfile.read(count)
+        if len(data) < count:
+            raise ConnectionResetError
+        return data
 
     def _reply(self, code: int, header: dict[str, Any], blobs: list[Any]) -> None:
         if blobs:

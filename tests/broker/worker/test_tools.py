@@ -284,7 +284,53 @@ def test_pending_call_is_asked_for_again_until_it_ends(worker: WorkerProcess, pl
 def test_calls_share_one_kept_connection(worker: WorkerProcess, plane: GuestPlane) -> None:
     plane.tools["add"] = lambda a, b: a + b
     assert worker.execute("[add(i, 1) for i in range(50)]", tools=[tool("add", "a", "b")]).value == list(range(1, 51))
+    assert plane.connections == 2  # on the first, frames were asked for and refused
+
+
+def test_calls_are_framed_on_one_kept_connection_where_the_broker_agrees(
+    worker: WorkerProcess, plane: GuestPlane
+) -> None:
+    plane.speaks_frames = True
+    plane.tools["add"] = lambda a, b: a + b
+    assert worker.execute("[add(i, 1) for i in range(50)]", tools=[tool("add", "a", "b")]).value == list(range(1, 51))
     assert plane.connections == 1
+    assert {line for _, line in plane.lines} == {"POST /v1/tool-calls"}
+
+
+def test_large_arguments_are_posted_over_http_and_large_results_come_in_frames(
+    worker: WorkerProcess, plane: GuestPlane
+) -> None:
+    plane.speaks_frames = True
+    plane.tools["twice"] = lambda text: text * 2
+    code = "[len(twice('x' * n)) for n in (10, 20_000, 200_000, 10)]"
+    assert worker.execute(code, tools=[tool("twice", "text")]).value == [20, 40_000, 400_000, 20]
+    assert [line.endswith("HTTP/1.1") for _, line in plane.lines] == [False, False, True, False]
+
+
+def test_broken_framed_connection_is_tried_again_with_the_same_key(worker: WorkerProcess, plane: GuestPlane) -> None:
+    plane.speaks_frames = True
+    plane.tools["add"] = lambda a, b: a + b
+    plane.break_after_reading = 2
+    assert worker.execute("add(1, 2)", tools=[tool("add", "a", "b")]).value == 3
+    assert len({request["key"] for request in plane.requests}) == 1
+
+
+def test_pending_framed_call_is_asked_for_again_until_it_ends(worker: WorkerProcess, plane: GuestPlane) -> None:
+    plane.speaks_frames = True
+    plane.answers["slow"] = lambda request: {"call_id": "c1", "state": "started"}
+    plane.later["c1"] = lambda request: {"call_id": "c1", "state": "done", "value": "at last"}
+    assert worker.execute("slow()", tools=[tool("slow")]).value == "at last"
+
+
+def test_a_burst_of_framed_calls_keeps_few_connections(worker: WorkerProcess, plane: GuestPlane) -> None:
+    plane.speaks_frames = True
+    plane.tools["add"] = lambda a, b: a + b
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(100) as pool: total = sum(pool.map(lambda i: add(i, 1), range(300)))\ntotal"
+    )
+    assert worker.execute(code, tools=[tool("add", "a", "b")]).value == sum(range(1, 301))
+    assert worker.execute("import os; len(os.listdir('/proc/self/fd')) < 40").value is True
 
 
 def test_broken_connection_is_tried_again_with_the_same_key(worker: WorkerProcess, plane: GuestPlane) -> None:

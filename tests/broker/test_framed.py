@@ -1,0 +1,168 @@
+"""Claims about the framed form: the same requests and errors as over HTTP, on one upgraded connection."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.protocol import limits
+from broker.protocol.frames import FRAMED_UPGRADE, Blob, FrameAssembler, dump_frame
+from broker.testing import InProcessBroker
+
+UPGRADE = f"GET /v1/frames HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {FRAMED_UPGRADE}\r\n\r\n"
+
+
+class FramedClient:
+    """One upgraded connection."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(20)
+        self.sock.connect(str(path))
+        self.sock.sendall(UPGRADE.encode())
+        assert self.sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+        self.frames = FrameAssembler()
+
+    def send(self, request: str, body: dict[str, Any], blobs: Sequence[Blob] = ()) -> None:
+        self.sock.sendall(b"".join(dump_frame({"request": request, "body": body}, blobs)))
+
+    def receive(self) -> tuple[int, dict[str, Any], list[bytes]]:
+        while (frame := self.frames.next()) is None:
+            data = self.sock.recv(65536)
+            assert data, "the connection was closed"
+            self.frames.add(data)
+        header, blobs = frame
+        return header["status"], header["body"], [bytes(blob) for blob in blobs]
+
+    def ask(self, request: str, body: dict[str, Any], blobs: Sequence[Blob] = ()) -> tuple[int, dict[str, Any], Any]:
+        self.send(request, body, blobs)
+        return self.receive()
+
+
+@pytest.fixture
+def box() -> Iterator[InProcessBroker]:
+    with InProcessBroker() as running:
+        yield running
+
+
+@pytest.fixture
+def session(box: InProcessBroker) -> str:
+    _, opened, _ = box.host.request("POST", "/v1/sessions", {})
+    return str(opened["session_id"])
+
+
+@pytest.fixture
+def client(box: InProcessBroker) -> Iterator[FramedClient]:
+    framed = FramedClient(box.host_socket)
+    yield framed
+    framed.sock.close()
+
+
+def execution(number: int, code: str, **more: Any) -> dict[str, Any]:
+    return {"execution_id": f"e{number}", "code": code, **more}
+
+
+def test_executions_tool_calls_and_answers_work_in_frames(client: FramedClient, session: str) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    path = f"POST /v1/sessions/{session}/executions?wait_s=20"
+    status, progress, _ = client.ask(path, execution(1, "add(1, b=2)", tools=tools))
+    [claim] = progress["claims"]
+    assert (status, claim["tool"], claim["args"], claim["kwargs"]) == (200, "add", [1], {"b": 2})
+    answer = {"attempt": claim["attempt"], "value": 3}
+    assert client.ask(f"POST /v1/tool-calls/{claim['call_id']}/result", answer)[1]["state"] == "done"
+    status, progress, _ = client.ask(f"POST /v1/sessions/{session}/claims", {"wait_s": 20, "execution_id": "e1"})
+    assert (status, progress["result"]["value"]) == (200, 3)
+
+
+def test_blobs_travel_both_ways(client: FramedClient, session: str) -> None:
+    text = b"x" * 300_000
+    body = execution(1, "text + 'y'", variables={"text": {"$blob": [0, "str"]}})
+    _, progress, blobs = client.ask(f"POST /v1/sessions/{session}/executions?wait_s=20", body, [text])
+    assert progress["result"]["value"] == {"$blob": [0, "str"]}
+    assert blobs == [text + b"y"]
+
+
+def test_http_and_frames_speak_of_the_same_session(box: InProcessBroker, client: FramedClient, session: str) -> None:
+    client.ask(f"POST /v1/sessions/{session}/executions?wait_s=20", execution(1, "kept = 41"))
+    path = f"/v1/sessions/{session}/executions?wait_s=20"
+    _, progress, _ = box.host.request("POST", path, execution(2, "kept + 1"))
+    assert progress["result"]["value"] == 42
+
+
+@pytest.mark.parametrize(
+    ("request_line", "body", "status", "code"),
+    [
+        ("POST /v1/sessions/none/executions", {"execution_id": "e", "code": ""}, 404, "unknown_session"),
+        ("POST /v1/sessions/{session}/executions", {"code": ""}, 400, "bad_request"),
+        ("POST /v1/sessions/{session}/executions?wait_s=x", {"execution_id": "e", "code": ""}, 400, "bad_request"),
+        ("POST /v1/sessions/{session}/executions?epoch=7", {"execution_id": "e", "code": ""}, 409, "fenced"),
+        ("POST /v1/sessions/{session}/claims", {"limit": "many"}, 400, "bad_request"),
+        ("POST /v1/tool-calls/none/result", {"attempt": 1}, 404, "unknown_call"),
+        ("POST /v1/sessions", {}, 404, "unknown_route"),
+        ("POST /v2/sessions/{session}/claims", {}, 404, "unknown_route"),
+        ("DELETE /v1/sessions/{session}", {}, 404, "unknown_route"),
+        ("POST /v1/a/b/c/d/e", {}, 404, "unknown_route"),
+        ("nonsense", {}, 404, "unknown_route"),
+        ("", {}, 404, "unknown_route"),
+    ],
+)
+def test_errors_are_those_of_http_and_the_connection_lives(
+    client: FramedClient, session: str, request_line: str, body: dict[str, Any], status: int, code: str
+) -> None:
+    got, answer, _ = client.ask(request_line.format(session=session), body)
+    assert (got, answer["error"]["code"]) == (status, code)
+    _, progress, _ = client.ask(f"POST /v1/sessions/{session}/executions?wait_s=20", execution(9, "1 + 1"))
+    assert progress["result"]["value"] == 2
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        struct.pack(">I", 0xFFFFFFFF) + b"{}",
+        struct.pack(">I", 2) + b"[]",
+        struct.pack(">I", 5) + b"hello",
+        struct.pack(">I", 15) + b'{"blobs": [-1]}',
+        b"GET /v1/health HTTP/1.1\r\n\r\n",
+    ],
+    ids=["huge header", "no object", "no JSON", "negative blob", "HTTP"],
+)
+def test_bytes_that_are_no_frame_end_the_connection_with_an_answer(
+    box: InProcessBroker, client: FramedClient, junk: bytes
+) -> None:
+    client.sock.sendall(junk)
+    status, answer, _ = client.receive()
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    assert client.sock.recv(1) == b""
+    assert box.host.request("GET", "/v1/health")[0] == 200
+
+
+def test_requests_sent_in_a_row_are_answered_in_order(client: FramedClient, session: str) -> None:
+    for number in range(20):
+        client.send(f"POST /v1/sessions/{session}/executions?wait_s=20", execution(number, str(number)))
+    assert [client.receive()[1]["result"]["value"] for _ in range(20)] == list(range(20))
+
+
+def test_without_an_upgrade_the_path_says_what_it_wants(box: InProcessBroker) -> None:
+    status, answer, _ = box.host.request("GET", "/v1/frames")
+    assert (status, answer["error"]["code"]) == (426, "upgrade_required")
+
+
+def test_framed_requests_of_generated_code_are_small(box: InProcessBroker, session: str) -> None:
+    code = f"""
+import socket, struct
+sock = socket.socket(socket.AF_UNIX)
+sock.connect({str(box.guest_socket)!r})
+sock.sendall({UPGRADE.encode()!r})
+assert b" 101 " in sock.recv(4096)
+header = b'{{"request": "POST /v1/tool-calls", "blobs": [{limits.MAX_GUEST_FRAME_BYTES + 1}]}}'
+sock.sendall(struct.pack(">I", len(header)) + header)
+sock.recv(4096)
+"""
+    path = f"/v1/sessions/{session}/executions?wait_s=20"
+    _, progress, _ = box.host.request("POST", path, execution(1, code))
+    assert "blobs of more than" in progress["result"]["display"]
