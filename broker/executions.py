@@ -26,6 +26,7 @@ class Execution:
         started_at: Clock time.
         stopwatch: Runs out at the deadline.
         cause: Why it was told to stop (timed out, interrupted, output limit), or None.
+        remind_at: Clock time at which it is interrupted once more.
         kill_at: Clock time at which the session is killed unless the execution has ended.
         result: Set at its end, together with ``blobs``.
         blobs: Raw parts of the result's value.
@@ -38,6 +39,7 @@ class Execution:
     started_at: float
     stopwatch: Stopwatch
     cause: Outcome | None = None
+    remind_at: float | None = None
     kill_at: float | None = None
     result: ExecutionResult | None = None
     blobs: Sequence[Blob] = ()

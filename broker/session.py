@@ -275,7 +275,8 @@ class Session:
         """Return the clock time at which ``tick`` has something to do, or None."""
         times: list[float | None] = [self.tool_calls.next_lease_end()]
         if self._running is not None:
-            times.append(self._running.kill_at or self._running.stopwatch.deadline())
+            running = self._running
+            times.append(running.remind_at or running.kill_at or running.stopwatch.deadline())
         if self._channel_closed_at is not None:
             times.append(self._channel_closed_at + EXIT_REASON_WAIT_S)
         return min((at for at in times if at is not None), default=None)
@@ -294,16 +295,25 @@ class Session:
             self._stop(running, Outcome.TIMED_OUT)
         elif running.cause is not None and running.kill_at is not None and now >= running.kill_at:
             self._lose(_IGNORED_INTERRUPT[running.cause])
+        elif running.remind_at is not None and now >= running.remind_at:
+            running.remind_at = None
+            self._interrupt()
 
     # Inside.
 
     def _stop(self, execution: Execution, cause: Outcome) -> None:
         execution.cause = cause
+        # Once more halfway: a signal can be lost as a blocking call begins, and the worker takes a second one as leave
+        # to end even code that catches everything.
+        execution.remind_at = self._clock() + limits.INTERRUPT_GRACE_S / 2
         execution.kill_at = self._clock() + limits.INTERRUPT_GRACE_S
         self.tool_calls.close(CallState.EXPIRED if cause is Outcome.TIMED_OUT else CallState.CANCELLED)
+        self._interrupt()
+        self._on_deadline()
+
+    def _interrupt(self) -> None:
         self._interrupts_on_their_way += 1
         self._worker.interrupt()
-        self._on_deadline()
 
     def _finish(self, report: _Report) -> None:
         execution, self._held_back = self._running, None

@@ -173,13 +173,20 @@ def test_at_the_deadline_comes_an_interrupt_and_the_namespace_lives(
     assert session.execute(request("e2"), []).running
 
 
-def test_code_that_ignores_the_interrupt_is_killed(session: Session, worker: NotingWorker, clock: FakeClock) -> None:
+def test_code_that_ignores_the_interrupt_is_reminded_once_and_then_killed(
+    session: Session, worker: NotingWorker, clock: FakeClock
+) -> None:
     execution = session.execute(request(timeout_s=5), [])
     clock.advance(5)
     session.tick()
-    assert session.next_deadline() == clock.now + limits.INTERRUPT_GRACE_S
-    clock.advance(limits.INTERRUPT_GRACE_S)
+    assert session.next_deadline() == clock.now + limits.INTERRUPT_GRACE_S / 2
+    clock.advance(limits.INTERRUPT_GRACE_S / 2)
     session.tick()
+    assert worker.interrupts == 2
+    assert session.next_deadline() == clock.now + limits.INTERRUPT_GRACE_S / 2
+    clock.advance(limits.INTERRUPT_GRACE_S / 2)
+    session.tick()
+    assert worker.interrupts == 2
     assert worker.killed
     assert execution.result is not None
     assert (execution.result.outcome, execution.result.session_lost) == (Outcome.TIMED_OUT, "deadline")
