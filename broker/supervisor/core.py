@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from broker.protocol.exits import EXIT_OUT_OF_MEMORY
 from broker.protocol.self_test import SelfTest
 from broker.supervisor import link
 from broker.supervisor.config import SupervisorConfig
@@ -270,8 +271,11 @@ def exit_reason(status: int, *, oom: bool) -> str:
 def own_exit_status(status: int, reason: str) -> int:
     """Return PID 1's exit status after the broker's end: what a shell gives, so that the engine's reader can tell why.
 
-    137 (SIGKILL) stands for the kernel's kill for lack of memory alone; somebody else's kill is told as SIGTERM.
+    The engine notes a kill for lack of memory late or not at all where PID 1 ends with it, and for ever where a session
+    was killed earlier: it has a status of its own, and somebody else's SIGKILL is told as SIGTERM.
     """
+    if reason == "oom":
+        return EXIT_OUT_OF_MEMORY
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     return 128 + (signal.SIGTERM if reason == "killed" else os.WTERMSIG(status))

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from broker.protocol.exits import EXIT_OUT_OF_MEMORY
 from host_client.errors import BadSetting, ProviderError, SandboxError
 from host_client.runtime_dir import VARIABLE
 from host_client.settings import SandboxSettings
@@ -26,6 +27,8 @@ def death_reason(state: Mapping[str, Any]) -> str | None:
     if state.get("Running") or state.get("Paused"):
         return None
     code = int(state.get("ExitCode") or 0)
+    if code == EXIT_OUT_OF_MEMORY:
+        return "oom"
     # The engine notes an out-of-memory kill of any process; the container itself died of it only with SIGKILL.
     if state.get("OOMKilled") and code == _SIGNAL_BASE + signal.SIGKILL:
         return "oom"

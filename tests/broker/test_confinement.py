@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.protocol.exits import EXIT_OUT_OF_MEMORY
 from broker.supervisor import confinement, landlock, prctl
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.core import exit_reason, own_exit_status
@@ -155,7 +156,7 @@ def test_an_older_kernel_gets_what_it_knows(folder: Path, monkeypatch: pytest.Mo
     [
         (0, False, 0),
         (3 << 8, False, 3),
-        (signal.SIGKILL, True, 137),
+        (signal.SIGKILL, True, EXIT_OUT_OF_MEMORY),
         (signal.SIGKILL, False, 143),
         (signal.SIGSEGV, False, 139),
     ],
