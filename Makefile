@@ -47,6 +47,8 @@ check: $(READY) ## Format, lint and types
 	$(BIN)/mypy
 
 bench: setup ## Compare with dspy.LocalInterpreter and dspy.PythonInterpreter
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[bench]' </dev/null || \
+		echo "[set-up] bench: Deno could not be installed; dspy.PythonInterpreter is left out"
 	@$(BIN)/python -m benchmarks
 
 devsh: $(READY) ## A shell inside a sandbox container
