@@ -82,8 +82,12 @@ class BrokerClient(Protocol):
             name: To find it by, from another process too.
         """
 
-    def sessions(self) -> list[SessionInfo]:
-        """Return every session of the sandbox."""
+    def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
+        """Return every session of the sandbox.
+
+        Args:
+            timeout_s: How long the broker may take.
+        """
 
     def attach(self, session_id: str, epoch: int) -> Attached:
         """Take a session over; from now on this client speaks in its new epoch.
@@ -176,9 +180,9 @@ class HttpBrokerClient:
         reply = _checked(self._transport.request("POST", "/v1/sessions", body, timeout_s=_PROMPT_S))
         return _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
 
-    def sessions(self) -> list[SessionInfo]:
+    def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
         """See ``BrokerClient.sessions``."""
-        reply = _checked(self._transport.request("GET", "/v1/sessions", timeout_s=_PROMPT_S))
+        reply = _checked(self._transport.request("GET", "/v1/sessions", timeout_s=timeout_s))
         return _read(lambda: [_session(each) for each in Reader(reply.header, "sessions").items("sessions")])
 
     def attach(self, session_id: str, epoch: int) -> Attached:

@@ -440,7 +440,9 @@ def _make_folder(path: str) -> None:
     folder = Path(path).parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Results of tools are nobody else's business. SQLite gives its side files the mode of the main one.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    # Only where there is none: closing a file that SQLite has open elsewhere in this process would drop its locks.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
 
 def _same(error: BaseException) -> SandboxError:
@@ -457,6 +459,8 @@ def _explain(path: str, error: Exception) -> JournalUnusable:
         what, help = "the disk is full", f"make room: df -h {Path(path).parent}"
     elif "readonly" in lower or "read-only" in lower or "permission" in lower:
         what, help = "it cannot be written to", f"is {Path(path).parent} yours, and mounted for writing?"
+    elif "locked" in lower:
+        what, help = "another process holds it", "is one of yours stopped? Let it go on, or kill it"
     elif "malformed" in lower or "not a database" in lower:
         what, help = "it is damaged", f"move it away: mv {path} {path}.damaged"
     else:

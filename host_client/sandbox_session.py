@@ -23,6 +23,8 @@ from host_client.value_keeper import ValueKeeper
 
 log = logging.getLogger(__name__)
 
+#: How long a broker may take to say who holds a session that is to be ended; one that is stuck is ended all the same.
+_FENCED_WAIT_S = 1.0
 #: How long the end of a sandbox may take to be known to its engine.
 _DEATH_NEWS_S = 1.0
 
@@ -62,7 +64,7 @@ class SandboxSession:
         self.threads, self.keeper = ToolThreads(), ValueKeeper(holder.epoch)
         self.recorder = CallRecorder(journal, holder)
         self.unfinished = None if attached is None else attached.execution_id
-        self._journal = journal
+        self._journal, self._epoch = journal, holder.epoch
         self.known_fields: Any = None
         self.tools_sent = False
         self._provider = provider
@@ -203,12 +205,24 @@ class SandboxSession:
 
     def _end(self) -> None:
         if self.handle.owned:
-            self._provider.stop(self.handle)
+            if self._is_fenced():
+                self._provider.disown(self.handle)
+            else:
+                self._provider.stop(self.handle)
             return
         try:
             self.client.close_session(self.session_id)
         except SandboxError as error:
             log.debug("closing the session %s: %s", self.session_id, error)  # then it is gone already
+
+    def _is_fenced(self) -> bool:
+        """Ask whether another client has attached since: then the sandbox, and its end, are that one's affair."""
+        try:
+            sessions = self.client.sessions(timeout_s=_FENCED_WAIT_S)
+        except SandboxError as error:
+            log.debug("asking who holds %s: %s", self.session_id, error)
+            return False
+        return any(each.session_id == self.session_id and each.epoch != self._epoch for each in sessions)
 
 
 def survives(error: SandboxError) -> bool:

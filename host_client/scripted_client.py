@@ -85,7 +85,7 @@ class ScriptedClient:
             self._sessions[session_id] = _Session(name=name)
             return session_id
 
-    def sessions(self) -> list[SessionInfo]:
+    def sessions(self, *, timeout_s: float = 10.0) -> list[SessionInfo]:
         """Return the sessions."""
         with self._changed:
             return [SessionInfo(key, each.name, each.epoch, each.lost) for key, each in self._sessions.items()]

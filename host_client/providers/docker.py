@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 from host_client.engine import connect_engine
@@ -220,4 +220,5 @@ def _at_exit(stop: Callable[[], None]) -> None:
     if util is not None and process is not None and process.parent_process() is not None:
         util.Finalize(None, stop, exitpriority=0)
     else:
-        atexit.register(stop)
+        # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
+        weakref.finalize(_Process, stop)
