@@ -120,8 +120,8 @@ class ToolCallQueue:
         on_ended: Told of each call that reached a terminal state.
         max_open: Calls open at once.
         max_open_bytes: Bytes of arguments held for open calls.
-        grace_s: How long a started call without a holder is kept for an answer or for a new holder, in seconds; None for
-            ``limits.ATTACH_GRACE_S``.
+        grace_s: How long a started call without a holder is kept for an answer or for a new holder, in seconds;
+            None for ``limits.ATTACH_GRACE_S``.
     """
 
     def __init__(
