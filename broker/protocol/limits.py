@@ -36,8 +36,8 @@ MAX_DEPTH = 100
 #: Nesting of the JSON itself: a tagged value takes up to three levels for one of its own.
 MAX_JSON_DEPTH = 3 * MAX_DEPTH + 50
 
-#: Lists and objects of one JSON text. Each takes up to 200 bytes of memory for the two that it was written in, so a text
-#: within its limit could take a hundred times its size. A table of 900,000 rows still fits.
+#: Lists and objects of one JSON text. Each takes up to 200 bytes of memory for the two that it was written in, so a
+#: text within its limit could take a hundred times its size. A table of 900,000 rows still fits.
 MAX_JSON_CONTAINERS = 1_000_000
 
 #: Keys (or members of a set) with one and the same hash. Python's numbers hash alike on every machine, so that somebody
