@@ -52,14 +52,17 @@ class Channel:
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
 
-    def send(self, header: JsonObject, blobs: Sequence[Blob] = (), *, fd: int) -> None:
-        """Send a frame with a file descriptor on its first byte. What the kernel does not take now follows later."""
+    def send(self, header: JsonObject, blobs: Sequence[Blob] = (), *, fd: int | None = None) -> None:
+        """Send a frame, a file descriptor on its first byte if given. What the kernel does not take now follows later.
+
+        One frame at a time: the worker must have answered the one before.
+        """
         if self._writer is not None and not self._writer.dead:
             self._on_broken()  # it reported a result before it had read the whole request
             return
         pieces = [piece for piece in frames.dump_frame(header, blobs) if len(piece)]
         try:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             sent = self._sock.sendmsg(pieces[:_MOST_PIECES], rights)
         except BlockingIOError:
             self._on_broken()  # full, so it never read what it has answered

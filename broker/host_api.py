@@ -18,7 +18,7 @@ from broker.framed import FramedConnection, host_routes
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
-from broker.protocol.messages import Verdict
+from broker.protocol.messages import OpenRequest, Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
 from broker.query import query_number
@@ -29,9 +29,6 @@ from broker.web import connection_of, make_app, upgrade_to_frames
 JsonObject = dict[str, Any]
 
 host_api = Blueprint("host", __name__, url_prefix="/v1")
-
-#: A name is for people and for command lines.
-MAX_NAME_CHARS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,9 +92,9 @@ def self_test() -> Response:
 
 @host_api.post("/sessions")
 def open_session() -> Response:
-    """201: a new session. Body: ``{"name"}`` or none. 409 ``session_name_taken``; 429 ``too_many_sessions``; 503."""
-    name = Reader(read_optional_body(request), "session").optional_text("name", max_chars=MAX_NAME_CHARS)
-    return reply(_describe(_plane().sessions.open(name)), status=201)
+    """201: a new session. Body: OpenRequest or none. 409 ``session_name_taken``; 429 ``too_many_sessions``; 503."""
+    wanted = OpenRequest.from_json(read_optional_body(request))
+    return reply(_describe(_plane().sessions.open(wanted.name, wanted.secrets)), status=201)
 
 
 @host_api.get("/sessions")
@@ -243,6 +240,7 @@ def _describe(session: LiveSession) -> JsonObject:
     return {
         "session_id": core.session_id,
         "name": core.name,
+        "secrets": list(core.secret_names),
         "epoch": core.epoch,
         "slot": core.slot,
         "state": "lost" if core.lost is not None else "idle" if core.running is None else "running",

@@ -40,10 +40,18 @@ class LiveSession:
         worker: A started worker.
         clock: Monotonic seconds.
         name: Chosen by the host, or None.
+        secret_names: Names of the secrets that its worker was given.
     """
 
     def __init__(
-        self, session_id: str, slot: int, worker: WorkerLink, clock: Clock, *, name: str | None = None
+        self,
+        session_id: str,
+        slot: int,
+        worker: WorkerLink,
+        clock: Clock,
+        *,
+        name: str | None = None,
+        secret_names: Sequence[str] = (),
     ) -> None:
         self._news = Bell()
         self._readers: dict[str, Bell] = {}
@@ -57,6 +65,7 @@ class LiveSession:
             on_call_ended=self._call_ended,
             on_deadline=self._deadline_moved,
             name=name,
+            secret_names=secret_names,
         )
         self._alarm = Alarm(self.core.next_deadline, self.core.tick, clock)
 

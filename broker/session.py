@@ -78,6 +78,7 @@ class Session:
         on_call_ended: Told of each tool call that reached a terminal state.
         on_deadline: Told that ``next_deadline`` may have moved.
         name: Chosen by the host, to find the session by; or None.
+        secret_names: Names of the secrets that the worker was given.
 
     Attributes:
         epoch: Counts the clients that held the session; the newest one alone is listened to.
@@ -94,8 +95,10 @@ class Session:
         on_call_ended: Callable[[ToolCall], None] = lambda call: None,
         on_deadline: Callable[[], None] = lambda: None,
         name: str | None = None,
+        secret_names: Sequence[str] = (),
     ) -> None:
         self.session_id, self.slot, self.name = session_id, slot, name
+        self.secret_names = tuple(secret_names)
         self.epoch = 1
         self.lost: str | None = None
         self.created_at = clock()

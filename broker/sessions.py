@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from broker.errors import NameTaken, TooManySessions, UnknownCall, UnknownExecution, UnknownSession
 from broker.executions import Execution
@@ -92,11 +92,12 @@ class Sessions:
             raise UnknownSession(f"no session {session_id[:64]!r}")
         return session
 
-    def open(self, name: str | None = None) -> LiveSession:
+    def open(self, name: str | None = None, secret_values: Mapping[str, str] | None = None) -> LiveSession:
         """Start a worker and open a session on it. Waits until the worker is ready.
 
         Args:
             name: To find it by; or None.
+            secret_values: Handed to the worker, and kept nowhere else.
 
         Raises:
             NameTaken: A living session has that name.
@@ -106,13 +107,15 @@ class Sessions:
         self._check_name(name)
         slot = self._slots.take()
         worker = WorkerLink(slot, self._spawner, lambda: self._sweeping(slot), lambda clean: self._swept(slot, clean))
-        worker.start()
+        worker.start(secret_values or {})
         try:
             self._check_name(name)  # again: another one may have started meanwhile
         except NameTaken:
             worker.kill()
             raise
-        session = LiveSession(f"s-{secrets.token_hex(8)}", slot, worker, self._clock, name=name)
+        session = LiveSession(
+            f"s-{secrets.token_hex(8)}", slot, worker, self._clock, name=name, secret_names=tuple(secret_values or ())
+        )
         self._by_id[session.core.session_id] = self._by_slot[slot] = session
         worker.attach(session.core)
         self._log.event("session_opened", session=session.core.session_id, slot=slot)

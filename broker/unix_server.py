@@ -53,18 +53,23 @@ class Connection:
 
 
 class Headers(dict[str, str]):
-    """Request headers with lower-case names, as pywsgi asks for them; its own go through the mail parser."""
+    """Request headers by their lower-case names; pywsgi's own go through the mail parser."""
 
     status = ""
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a header. pywsgi asks for some in capitals: ``Connection``, ``Upgrade``."""
+        return super().get(name.lower(), default)
+
     def getheader(self, name: str, default: str | None = None) -> str | None:
-        """Return a header by its lower-case name."""
-        return self.get(name, default)
+        """Return a header."""
+        value: str | None = self.get(name, default)
+        return value
 
     @property
     def typeheader(self) -> str | None:
         """The content type."""
-        return self.get("content-type")
+        return self.getheader("content-type")
 
 
 class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]

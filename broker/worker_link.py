@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from broker.channel import Channel
@@ -42,20 +43,24 @@ class WorkerLink:
         self._failure: str | None = None
         self._started = Bell()
 
-    def start(self) -> None:
+    def start(self, secrets: Mapping[str, str] = MappingProxyType({})) -> None:
         """Start the worker and wait until it is ready.
+
+        Args:
+            secrets: Set in its environment, where there are any; nothing here keeps them.
 
         Raises:
             SessionStartFailed: It ended, or did not become ready; the slot is being swept.
         """
         try:
             sock = self._spawner.spawn(self._slot, self._exited)
-            self._open(sock)
-            settled = self._started.wait_until(lambda: self._ready or self._failure is not None, READY_LIMIT_S)
-            if not settled:
-                raise SessionStartFailed(f"the worker was not ready within {READY_LIMIT_S:g} s")
-            if self._failure is not None:
-                raise SessionStartFailed(f"the worker ended while it started: {self._failure}")
+            channel = self._open(sock)
+            self._wait_until_ready()
+            if secrets:
+                # No generated code has run yet, so the worker is still to be trusted; it says "ready" once more.
+                self._ready = False
+                channel.send({"type": "secrets", "values": dict(secrets)})
+                self._wait_until_ready()
         except SessionStartFailed:
             self.kill()
             raise
@@ -89,8 +94,16 @@ class WorkerLink:
         self._pipes.close()
         self._spawner.sweep(self._slot, self._on_swept)
 
-    def _open(self, sock: socket.socket) -> None:
+    def _open(self, sock: socket.socket) -> Channel:
         self._channel = Channel(sock, on_frame=self._frame, on_broken=self._broken, on_closed=self._closed)
+        return self._channel
+
+    def _wait_until_ready(self) -> None:
+        settled = self._started.wait_until(lambda: self._ready or self._failure is not None, READY_LIMIT_S)
+        if not settled:
+            raise SessionStartFailed(f"the worker was not ready within {READY_LIMIT_S:g} s")
+        if self._failure is not None:
+            raise SessionStartFailed(f"the worker ended while it started: {self._failure}")
 
     def _frame(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         if self._session is not None:

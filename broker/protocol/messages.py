@@ -14,6 +14,7 @@ from broker.protocol.executions import (
     ExecutionResult,
     Outcome,
 )
+from broker.protocol.opening import OpenRequest
 from broker.protocol.reading import JsonObject
 from broker.protocol.tool_calls import (
     CallState,
@@ -39,6 +40,7 @@ __all__ = [
     "ExecuteRequest",
     "ExecutionResult",
     "JsonObject",
+    "OpenRequest",
     "Outcome",
     "OutputField",
     "Progress",

@@ -95,7 +95,11 @@ class _FakeWorker(threading.Thread):
         try:
             self._send({"type": "ready", "pid": os.getpid()})
             while True:
-                self._run_one(*self._receive())
+                header, blobs, output = self._receive()
+                if header["type"] == "secrets":
+                    self._send({"type": "ready", "pid": os.getpid()})
+                else:
+                    self._run_one(header, blobs, output)
         except WorkerEnd as end:
             reason = str(end)
         except (OSError, EOFError):
@@ -133,7 +137,7 @@ class _FakeWorker(threading.Thread):
             return bytes(data)
 
         header, blobs = read_frame(read_exactly)
-        return header, blobs, descriptors[0]
+        return header, blobs, descriptors[0] if descriptors else -1
 
     def _send(self, header: JsonObject) -> None:
         for piece in dump_frame(header):

@@ -60,6 +60,10 @@ class Worker:
                 header, blobs, fd = self._channel.receive()
             except (EOFError, ConnectionError):
                 return
+            if header["type"] == "secrets":
+                os.environ.update(header["values"])
+                self._channel.send({"type": "ready", "pid": os.getpid()})
+                continue
             self._send(header["execution_id"], self._execute(header, blobs, fd))
 
     def _execute(self, header: dict[str, Any], blobs: Sequence[Blob], fd: int | None) -> Ending:
