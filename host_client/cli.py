@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     add("status", _status, "what is running, since when, with how many sessions")
     logs = add_named("logs", _logs, "a sandbox's structured logs")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until interrupted")
+    shown = add("calls", _calls, "the record of tool calls: when, where, which, how it ended")
+    shown.add_argument("-n", "--limit", type=int, default=100, help="at most so many (default: %(default)s)")
+    shown.add_argument("--json", action="store_true", help="one JSON object for each line")
     add_named("devsh", _devsh, "a shell inside a sandbox")
     add("doctor", _doctor, "does the boundary hold on this machine, and what would make it stronger")
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
@@ -129,6 +132,12 @@ def _logs(parsed: argparse.Namespace) -> int:
     import host_client.daemon as daemon
 
     return daemon.logs(parsed.name, parsed.follow)
+
+
+def _calls(parsed: argparse.Namespace) -> int:
+    from host_client.calls_view import calls
+
+    return calls(SandboxSettings.from_environment(), limit=max(1, parsed.limit), as_json=parsed.json)
 
 
 def _devsh(parsed: argparse.Namespace) -> int:

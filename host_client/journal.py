@@ -271,6 +271,11 @@ class SqliteJournal:
             rows = self._open().execute(query, (limit,)).fetchall()
         return [_record(row) for row in reversed(rows)]
 
+    def prune(self) -> None:
+        """Forget what is old, or more than is kept; happens by itself at start and now and then."""
+        with self._writing, self._explained():
+            self._prune()
+
     def close(self) -> None:
         """See ``Journal.close``. One in memory stays as it is: closing would forget it."""
         with self._writing:
