@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
 from broker.protocol import PROTOCOL_VERSION
 from broker.protocol.frames import Blob
-from broker.protocol.messages import Attached, ClaimRequest, ExecuteRequest, Progress, ToolResult, Verdict
+from broker.protocol.messages import (
+    Attached,
+    ClaimRequest,
+    ExecuteRequest,
+    OpenRequest,
+    Progress,
+    ToolResult,
+    Verdict,
+)
 from broker.protocol.reading import BadRequest, Reader
 from host_client.errors import (
     BrokerError,
@@ -54,12 +62,14 @@ class SessionInfo(NamedTuple):
         name: The host's name for it, or None.
         epoch: Counts the clients that have held it.
         lost: Why it is gone, or None while it lives.
+        secrets: Names of the secrets that its code may read.
     """
 
     session_id: str
     name: str | None
     epoch: int
     lost: str | None
+    secrets: tuple[str, ...] = ()
 
 
 class BrokerClient(Protocol):
@@ -75,11 +85,12 @@ class BrokerClient(Protocol):
             ProtocolMismatch: It speaks another one.
         """
 
-    def open_session(self, name: str | None = None) -> str:
+    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
         """Open a session and return its id.
 
         Args:
             name: To find it by, from another process too.
+            secrets: Environment variables of its code.
         """
 
     def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
@@ -174,11 +185,19 @@ class HttpBrokerClient:
                 help="rebuild the image: rlm-sandbox image",
             )
 
-    def open_session(self, name: str | None = None) -> str:
+    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
         """See ``BrokerClient.open_session``."""
-        body = {} if name is None else {"name": name}
+        body = OpenRequest(name=name, secrets=secrets or {}).to_json()
         reply = _checked(self._transport.request("POST", "/v1/sessions", body, timeout_s=_PROMPT_S))
-        return _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
+        session_id = _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
+        arrived = _read(lambda: Reader(reply.header, "session").texts("secrets", []))
+        if sorted(arrived) != sorted(secrets or ()):
+            self.close_session(session_id)
+            raise ProtocolMismatch(
+                "this sandbox does not know secrets: it was started by an older version",
+                help="start it anew: rlm-sandbox down, rlm-sandbox up",
+            )
+        return session_id
 
     def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
         """See ``BrokerClient.sessions``."""
@@ -253,6 +272,7 @@ def _session(data: Any) -> SessionInfo:
         name=read.optional_text("name", max_chars=64),
         epoch=read.integer("epoch", low=1),
         lost=read.optional_text("lost", max_chars=200),
+        secrets=tuple(read.texts("secrets", [])),
     )
 
 

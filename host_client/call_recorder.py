@@ -10,6 +10,7 @@ from typing import Any
 from broker.protocol.frames import Blob, dump_frame, load_frame
 from broker.protocol.messages import Claim, ToolResult
 from host_client.journal import DONE, FAILED, MAX_OUTCOME_BYTES, CallRecord, Holder, Journal
+from host_client.masking import NOTHING_TO_MASK, Masker
 
 
 class CallRecorder:
@@ -18,6 +19,7 @@ class CallRecorder:
     Args:
         journal: Where to.
         holder: Whose turn it is.
+        masker: Knows the session's secrets; an outcome that holds one is not written down.
         clock: Wall-clock seconds, for people.
         stopwatch: Monotonic seconds.
     """
@@ -26,11 +28,12 @@ class CallRecorder:
         self,
         journal: Journal,
         holder: Holder,
+        masker: Masker = NOTHING_TO_MASK,
         *,
         clock: Callable[[], float] = time.time,
         stopwatch: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._journal, self._holder = journal, holder
+        self._journal, self._holder, self._masker = journal, holder, masker
         self._clock, self._stopwatch = clock, stopwatch
 
     def begin(self, claim: Claim, *, idempotent: bool) -> RunningRecord:
@@ -51,14 +54,16 @@ class CallRecorder:
         )
         if not idempotent:
             self._journal.intend(self._holder, record)
-        return RunningRecord(self._journal, record, not idempotent, self._stopwatch)
+        return RunningRecord(self._journal, record, self._masker, not idempotent, self._stopwatch)
 
 
 class RunningRecord:
     """The record of a tool that runs."""
 
-    def __init__(self, journal: Journal, record: CallRecord, durable: bool, stopwatch: Callable[[], float]) -> None:
-        self._journal, self._record, self._durable = journal, record, durable
+    def __init__(
+        self, journal: Journal, record: CallRecord, masker: Masker, durable: bool, stopwatch: Callable[[], float]
+    ) -> None:
+        self._journal, self._record, self._masker, self._durable = journal, record, masker, durable
         self._stopwatch, self._started_at = stopwatch, stopwatch()
 
     def conclude(self, result: ToolResult, blobs: Sequence[Blob]) -> None:
@@ -71,7 +76,8 @@ class RunningRecord:
             self._record,
             state=DONE if result.error is None else FAILED,
             duration_s=self._stopwatch() - self._started_at,
-            outcome=pack(result, blobs),
+            # Masked it would be another result: a successor that needs it resolves the call as unknown instead.
+            outcome=None if self._masker.is_in(result, blobs) else pack(result, blobs),
         )
         self._journal.conclude(record, durable=self._durable)
 

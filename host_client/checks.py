@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.protocol.messages import OutputField
 from host_client.errors import BadSetting
+from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
 from host_client.tool_definitions import RESERVED_NAMES, check_tool
 
@@ -29,6 +30,7 @@ def check_keywords(
     attach: Any = None,
     idempotent: Any = (),
     journal: Any = None,
+    secrets: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -49,6 +51,7 @@ def check_keywords(
         raise BadSetting(f"idempotent must be a list of names of tools, got {idempotent!r:.80}")
     if journal is not None and not callable(getattr(journal, "intend", None)):
         raise BadSetting(f"journal must be a Journal, got {type(journal).__name__}; a path belongs in the settings")
+    Secrets.of(secrets)
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
     check_timeout(execution_timeout_s)

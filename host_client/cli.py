@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("-n", "--limit", type=int, default=100, help="at most so many (default: %(default)s)")
     shown.add_argument("--json", action="store_true", help="one JSON object for each line")
     add_named("devsh", _devsh, "a shell inside a sandbox")
+    secrets = add("secrets", _secrets, "are secrets there, and do they arrive in a sandbox; their values are not shown")
+    secrets.add_argument("action", choices=["check"])
+    secrets.add_argument("names", nargs="*", metavar="NAME", help="variables (default: those in RLM_SANDBOX_SECRETS)")
     add("doctor", _doctor, "does the boundary hold on this machine, and what would make it stronger")
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
     add("clean", _clean, "remove our containers, images and cached packages")
@@ -153,6 +156,12 @@ def _doctor(_: argparse.Namespace) -> int:
     settings = SandboxSettings.from_environment()
     prepare(settings)
     return doctor.run(settings)
+
+
+def _secrets(parsed: argparse.Namespace) -> int:
+    import host_client.secrets_check as secrets_check
+
+    return secrets_check.run(parsed.names, SandboxSettings.from_environment(), prepare=prepare)
 
 
 def _demo(arguments: Sequence[str]) -> int:

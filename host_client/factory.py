@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ _KEYWORDS = {
     "attach": None,
     "idempotent": (),
     "journal": None,
+    "secrets": None,
 }
 
 
@@ -53,6 +55,8 @@ class InterpreterFactory:
             raise BadSetting(f"factory: unknown keyword {unknown[0]!r}; known are {', '.join(_KEYWORDS)}")
         checks.check_keywords(**{**_KEYWORDS, **given})
         settings = given.get("settings") or SandboxSettings.from_environment()
+        if (secrets := given.pop("secrets", None)) is not None:
+            settings = dataclasses.replace(settings, secrets=secrets)
         self._kind = kind
         self._keywords = {**given, "settings": settings}
         self.execution_instructions = execution_instructions(settings)
@@ -88,11 +92,12 @@ class InterpreterFactory:
 def execution_instructions(settings: SandboxSettings) -> str:
     """Return what a model should know about the sandbox before it writes code for it."""
     packages = ", ".join(("numpy", "pandas", *settings.packages))
+    secrets = f" These environment variables are set: {', '.join(settings.secrets)}." if settings.secrets else ""
     network = "with" if settings.network else "without"
     return (
         f"Code runs as full CPython in an isolated Linux container {network} network access. Variables, imports and "
         "functions persist between executions; input variables are set anew before each one. The standard library and "
         f"{packages} are installed; subprocesses, threads and files under /tmp work. What is printed is shown, and the "
         "value of the last expression too. Tools are global functions (see help(tool)); they may be called from "
-        "threads and raise ordinary exceptions. SUBMIT ends the execution at once."
+        f"threads and raise ordinary exceptions. SUBMIT ends the execution at once.{secrets}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import weakref
@@ -22,6 +23,7 @@ from host_client.journal import Journal
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
+from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
 from host_client.tool_definitions import ToolTable
 from host_client.tool_runner import ToolCalls, await_result
@@ -52,6 +54,8 @@ class SandboxInterpreter:
         attach: Name or id of a session to go on with, instead of opening one; see ``attach()``.
         idempotent: Names of tools that may run twice for one call, such as ``llm_query``; see ``host_client.tool``.
         journal: Where tool calls are recorded; by default what the settings say.
+        secrets: Environment variables of generated code, ``{"NAME": value}`` or ``["NAME"]`` for one of this process'
+            environment; in place of those in the settings. Their values are masked in whatever comes back.
         provider: Where sandboxes come from; by default what the settings say.
 
     Raises:
@@ -71,6 +75,7 @@ class SandboxInterpreter:
         attach: str | None = None,
         idempotent: Collection[str] = (),
         journal: Journal | None = None,
+        secrets: Mapping[str, str] | Collection[str] | None = None,
         provider: SandboxProvider | None = None,
     ) -> None:
         checks.check_keywords(
@@ -84,11 +89,14 @@ class SandboxInterpreter:
             attach=attach,
             idempotent=idempotent,
             journal=journal,
+            secrets=secrets,
         )
         self._tools: dict[str, Callable[..., Any]] = dict(tools or {})
         self.output_fields = output_fields
         self.execution_timeout_s = execution_timeout_s
         self.settings = settings if settings is not None else SandboxSettings.from_environment()
+        if secrets is not None:
+            self.settings = dataclasses.replace(self.settings, secrets=secrets)
         self.callbacks = list(callbacks or [])
         self.last_result: ExecutionRecord | None = None
         self.resumed_result: ExecutionRecord | None = None
@@ -356,11 +364,12 @@ class SandboxInterpreter:
             slots=self.settings.max_concurrent_tools,
             recorder=session.recorder,
             is_idempotent=self._table.is_idempotent,
+            masker=session.masker,
         )
 
     def _follow(self, session: SandboxSession, calls: ToolCalls, run: Callable[[Execution], News]) -> ExecutionRecord:
         try:
-            record = _record(run(Execution(session.client, session.session_id, calls)))
+            record = session.masker.record(_record(run(Execution(session.client, session.session_id, calls))))
         except SandboxError as error:
             if calls.fatal is not None:
                 raise calls.fatal from None
@@ -399,12 +408,14 @@ class SandboxInterpreter:
             return opened
 
     def _open_or_attach(self) -> SandboxSession:
-        journal = self._given_journal or open_journal(self.settings)  # first: where it cannot be used, nothing starts
+        # First: where these cannot be had, nothing starts.
+        secrets = Secrets.of(self.settings.secrets).values()
+        journal = self._given_journal or open_journal(self.settings)
         provider = self._own_provider()
         if self._address is not None:
-            return SandboxSession.attach(provider, self._address, journal=journal)
+            return SandboxSession.attach(provider, self._address, journal=journal, secrets=secrets)
         return SandboxSession.open(
-            provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name
+            provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name, secrets=secrets
         )
 
     @contextlib.contextmanager

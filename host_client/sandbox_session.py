@@ -6,15 +6,24 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from broker.protocol.messages import Attached
-from host_client.attaching import find_session, take_over
+from host_client.attaching import Found, find_session, take_over
 from host_client.broker_client import BrokerClient, HttpBrokerClient
 from host_client.call_recorder import CallRecorder
-from host_client.errors import BrokerError, BrokerUnreachable, Fenced, MalformedReply, SandboxError, SessionLost
+from host_client.errors import (
+    BadSetting,
+    BrokerError,
+    BrokerUnreachable,
+    Fenced,
+    MalformedReply,
+    SandboxError,
+    SessionLost,
+)
 from host_client.journal import Holder, Journal, SqliteJournal, default_path
+from host_client.masking import Masker
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
 from host_client.tool_threads import ToolThreads
@@ -48,6 +57,7 @@ class SandboxSession:
         known_fields: The output fields that the broker has, or None before any were sent.
         tools_sent: Whether the broker has the current tools.
         recorder: Where its tool calls are recorded.
+        masker: Takes its secrets out of what it gives.
         unfinished: The execution that another client posted last, until its reply was fetched; or None.
     """
 
@@ -58,11 +68,13 @@ class SandboxSession:
         client: BrokerClient,
         holder: Holder,
         journal: Journal,
+        masker: Masker,
         attached: Attached | None = None,
     ) -> None:
         self.handle, self.client, self.session_id = handle, client, holder.session_id
         self.threads, self.keeper = ToolThreads(), ValueKeeper(holder.epoch)
-        self.recorder = CallRecorder(journal, holder)
+        self.masker = masker
+        self.recorder = CallRecorder(journal, holder, masker)
         self.unfinished = None if attached is None else attached.execution_id
         self._journal, self._epoch = journal, holder.epoch
         self.known_fields: Any = None
@@ -82,6 +94,7 @@ class SandboxSession:
         *,
         journal: Journal,
         session_name: str | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> SandboxSession:
         """Start a sandbox of our own, or find the named one, and open a session in it.
 
@@ -91,6 +104,7 @@ class SandboxSession:
             name: Of a running sandbox, or None.
             journal: Records the session's tool calls.
             session_name: To attach to the session by, or None.
+            secrets: Values by name, for its code to read.
 
         Raises:
             SandboxError: What the provider and the broker client raise; nothing is left behind.
@@ -100,10 +114,10 @@ class SandboxSession:
             client = _connect(provider, handle)
             try:
                 client.check()
-                session_id = client.open_session(session_name)
+                session_id = client.open_session(session_name, secrets)
                 holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
                 journal.hold(holder)
-                return cls(provider, handle, client, holder, journal)
+                return cls(provider, handle, client, holder, journal, Masker(secrets or {}))
             except BaseException:
                 client.close()
                 raise
@@ -116,15 +130,24 @@ class SandboxSession:
             raise
 
     @classmethod
-    def attach(cls, provider: SandboxProvider, address: str, *, journal: Journal) -> SandboxSession:
+    def attach(
+        cls,
+        provider: SandboxProvider,
+        address: str,
+        *,
+        journal: Journal,
+        secrets: Mapping[str, str] | None = None,
+    ) -> SandboxSession:
         """Take over a session that another client opened, which is fenced from now on.
 
         Args:
             provider: Where sandboxes come from.
             address: See ``find_session``.
             journal: Knows how the older client's tool calls ended, if that client used the same one.
+            secrets: Those that the session was opened with, to mask them; they are not sent again.
 
         Raises:
+            BadSetting: The session has a secret that is not among these; it is left as it is.
             UnknownSession, ForeignSession: It is not there, or not ours.
             Fenced: Somebody else attached at the same moment.
             SandboxError: What provider, broker client and journal raise.
@@ -133,13 +156,14 @@ class SandboxSession:
         found = find_session(address, handles, lambda handle: _connect(provider, handle))
         try:
             found.client.check()
+            _check_secrets(found, secrets or {})
             attached, holder = take_over(found, journal)
         except BaseException:
             found.client.close()
             raise
         # It ends with this process from now on, where it ended with the older client's before.
         provider.adopt(found.handle)
-        return cls(provider, found.handle, found.client, holder, journal, attached)
+        return cls(provider, found.handle, found.client, holder, journal, Masker(secrets or {}), attached)
 
     @property
     def closed(self) -> bool:
@@ -244,6 +268,17 @@ def default_provider(settings: SandboxSettings) -> SandboxProvider:
     from host_client.providers.docker import DockerProvider
 
     return DockerProvider()
+
+
+def _check_secrets(found: Found, secrets: Mapping[str, str]) -> None:
+    """Refuse to go on with a session whose secrets we could not mask."""
+    unknown = sorted(set(found.session.secrets).difference(secrets))
+    if unknown:
+        raise BadSetting(
+            f"the session was opened with the secret {', '.join(map(repr, unknown))[:500]}, which this process was "
+            "not given and could not mask",
+            help="attach with the same secrets=",
+        )
 
 
 def _connect(provider: SandboxProvider, handle: SandboxHandle) -> BrokerClient:

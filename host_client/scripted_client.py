@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from broker.protocol import limits
@@ -41,6 +41,7 @@ class _Session:
     running: str | None = None
     lost: str | None = None
     name: str | None = None
+    secrets: tuple[str, ...] = ()
     epoch: int = 1
 
 
@@ -78,17 +79,19 @@ class ScriptedClient:
     def check(self) -> None:
         """Always of the right version."""
 
-    def open_session(self, name: str | None = None) -> str:
-        """Open a session."""
+    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
+        """Open a session; of the secrets only the names are kept."""
         with self._changed:
             session_id = f"s{next(self._ids)}-{self._unique}"
-            self._sessions[session_id] = _Session(name=name)
+            self._sessions[session_id] = _Session(name=name, secrets=tuple(secrets or ()))
             return session_id
 
     def sessions(self, *, timeout_s: float = 10.0) -> list[SessionInfo]:
         """Return the sessions."""
         with self._changed:
-            return [SessionInfo(key, each.name, each.epoch, each.lost) for key, each in self._sessions.items()]
+            return [
+                SessionInfo(key, each.name, each.epoch, each.lost, each.secrets) for key, each in self._sessions.items()
+            ]
 
     def attach(self, session_id: str, epoch: int) -> Attached:
         """Hand a session over. The script has one client, so nothing was under way and nobody is fenced."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from host_client.errors import BadSetting
+from host_client.secret_values import Secrets
 
 _PREFIX = "RLM_SANDBOX_"
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -44,6 +45,8 @@ class SandboxSettings:
         seccomp: Path of a seccomp profile in Docker's format, or None for this package's own.
         insecure: Whether a sandbox that turns out weaker than asked for is used all the same.
         environment: Extra environment variables of generated code. Not for secrets.
+        secrets: Secrets that generated code may read as environment variables: values by name, or names alone, whose
+            values are read from the environment or ``.env`` when a session is opened. Held as ``Secrets``.
         provider: ``docker``.
         max_sessions: Most sessions in one sandbox.
         max_output_bytes: Output kept of one execution.
@@ -65,6 +68,7 @@ class SandboxSettings:
     seccomp: str | None = None
     insecure: bool = False
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "docker"
     max_sessions: int = 16
     max_output_bytes: int = 1 << 20
@@ -78,6 +82,9 @@ class SandboxSettings:
             object.__setattr__(self, name, _checked(name, parse_size, getattr(self, name)))
         object.__setattr__(self, "packages", tuple(self.packages))
         object.__setattr__(self, "environment", dict(self.environment))
+        object.__setattr__(self, "secrets", Secrets.of(self.secrets))
+        twice = sorted(set(self.secrets).intersection(self.environment))
+        _require("secrets", not twice, Secrets.of(self.secrets), f"other names than those of environment ({twice})")
         _require("memory", self.memory >= 64 << 20, self.memory, "at least 64m")
         _require("tmpfs", self.tmpfs >= 1 << 20, self.tmpfs, "at least 1m")
         _require("cpus", 0.01 <= self.cpus <= 1024, self.cpus, "between 0.01 and 1024")
@@ -151,6 +158,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "network": _parse_flag,
     "insecure": _parse_flag,
     "environment": _parse_pairs,
+    "secrets": _parse_list,
     "max_sessions": int,
     "max_output_bytes": int,
     "max_concurrent_tools": int,

@@ -7,6 +7,7 @@ import contextvars
 import inspect
 import logging
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from host_client.errors import (
     LeaseExpired,
     SandboxError,
 )
+from host_client.masking import NOTHING_TO_MASK, Masker
 from host_client.tool_marks import CurrentCall, serving
 from host_client.tool_threads import ToolThreads
 
@@ -56,6 +58,7 @@ class ToolCalls:
         slots: How many run at the same time.
         recorder: Notes what starts and how it ends.
         is_idempotent: Tells of a tool by name whether it may run twice for one call.
+        masker: Takes secrets out of what is logged; tools get what the code has passed.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class ToolCalls:
         slots: int,
         recorder: CallRecorder,
         is_idempotent: Callable[[str], bool] = lambda name: False,
+        masker: Masker = NOTHING_TO_MASK,
     ) -> None:
+        self._masker = masker
         self._recorder, self._is_idempotent = recorder, is_idempotent
         self._client, self._session_id, self._execution_id = client, session_id, execution_id
         self._invoke, self._threads, self._slots = invoke, threads, slots
@@ -176,7 +181,11 @@ class ToolCalls:
         except DecodeError as error:
             return _failed(claim, ErrorInfo(type="ValueError", message=f"arguments of {claim.tool}: {error}")), ()
         except Exception as error:
-            log.exception("tool %s failed (call %s)", claim.tool, claim.call_id)
+            if self._masker:
+                trace = self._masker.text(traceback.format_exc())
+                log.error("tool %s failed (call %s)\n%s", claim.tool, claim.call_id, trace)
+            else:
+                log.exception("tool %s failed (call %s)", claim.tool, claim.call_id)
             return _failed(claim, public_error(error)), ()
         except BaseException as error:
             self._stop_for(error)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from host_client.env_file import read_env_file
+
 #: Looked for in this order; the model is a cheap one that writes good Python.
 DEFAULT_MODELS = {
     "OPENAI_API_KEY": "openai/gpt-5-mini",
@@ -66,24 +68,3 @@ def choose_model(environ: Mapping[str, str], env_file: Path | None = None) -> Mo
         api_base=values.get(BASE_NAME) if found_in == KEY_NAME else None,
         found_in=found_in,
     )
-
-
-def read_env_file(path: Path) -> dict[str, str]:
-    """Read ``NAME=value`` lines; ``export``, comments and quotes are understood, nothing is expanded."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, UnicodeDecodeError):
-        return {}
-    values: dict[str, str] = {}
-    for line in text.splitlines():
-        name, equals, value = line.strip().removeprefix("export ").partition("=")
-        name = name.strip()
-        if equals and name.isidentifier():
-            values[name] = _unquote(value.strip())
-    return values
-
-
-def _unquote(value: str) -> str:
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
-        return value[1:-1]
-    return value.partition(" #")[0].rstrip()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from host_client.demo.keys import DEFAULT_MODELS, choose_model, read_env_file
+from host_client.demo.keys import DEFAULT_MODELS, choose_model
+from host_client.env_file import read_env_file
 
 
 @pytest.fixture
