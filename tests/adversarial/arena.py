@@ -80,7 +80,7 @@ class Target:
             sandbox=sandbox,
             execution_timeout_s=_SETUP_DEADLINE_S,
         )
-        self.run(f"mark = {self.mark!r}")
+        self.run(f"{PRELUDE}\nmark = {self.mark!r}")
 
     def run(self, code: str) -> Any:
         """Run code of the test's own."""

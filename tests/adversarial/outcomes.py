@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from host_client import SandboxInterpreter
-from host_client.errors import SessionLost
+from host_client.errors import SandboxError, SessionLost
 from tests.adversarial.arena import Aftermath, Target
 from tests.adversarial.attack import ANYTHING
 
@@ -108,7 +108,10 @@ def _host(after: Aftermath, witnesses: Witnesses) -> None:
     _require(witnesses.canary_file.read_text() == witnesses.canary, "the host's canary was changed")
     _require(after.growth_bytes < HOST_GROWTH_BYTES, f"the client grew by {after.growth_bytes / 2**20:.0f} MiB")
     began = time.monotonic()
-    _require(witnesses.sibling.execute("6 * 7") == 42, "the sibling is wrong")
+    try:
+        _require(witnesses.sibling.execute("6 * 7") == 42, "the sibling is wrong")
+    except SandboxError as error:
+        raise Broken(f"the sibling: {error}") from error
     took_s = time.monotonic() - began
     _require(took_s < SIBLING_S, f"the sibling took {took_s:.1f} s")
 

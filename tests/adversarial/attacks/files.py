@@ -31,7 +31,10 @@ def _write(path: str) -> str:
 
 
 ATTACKS = [
-    *(denied(f"writing: {name}", _FAMILY, _write(path)) for name, path in _WRITTEN.items()),
+    *(
+        denied(f"writing: {name}", _FAMILY, _write(path), falls=path.startswith("/proc/1/"))
+        for name, path in _WRITTEN.items()
+    ),
     Attack(
         name="making files where none belong",
         family=_FAMILY,
@@ -52,7 +55,7 @@ denied""",
            "os.setxattr('/tmp/program', 'security.capability', bytes.fromhex('0100000202000000000000000000000000000000'))",
            setup="open('/tmp/program', 'w').close()"),
     denied("giving a file away", _FAMILY, "os.chown('/tmp/given', 0, 0)", setup="open('/tmp/given', 'w').close()"),
-    denied("more chance of survival than PID 1", _FAMILY, "open('/proc/self/oom_score_adj', 'w').write('-1000')"),
+    denied("more chance of survival than PID 1", _FAMILY, "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')"),
     denied("as much chance of survival as PID 1", _FAMILY, "spare()", setup="""
 def spare():
     'After an exec the file is ours again.'
@@ -60,7 +63,7 @@ def spare():
     status = subprocess.run([sys.executable, '-c', f'try:\\n {code}\\nexcept OSError as e: raise SystemExit(e.errno)']).returncode
     if status: raise OSError(status, '')
 """, falls=True),
-    denied("the root of another name space", _FAMILY, "os.listdir('/proc/1/root/')"),
+    denied("the root of another name space", _FAMILY, "os.listdir('/proc/1/root/')", falls=True),
     denied("a file by its handle", _FAMILY, "call(304, 265, -100, ctypes.create_string_buffer(16), 0)"),
     Attack(
         name="a program with the suid bit gives nothing",

@@ -16,8 +16,9 @@ _OF_A_PROCESS = {
     "root": "os.listdir(f'/proc/{pid}/root')",
 }
 
+# The broker cannot be dumped, so that even its own uid sees nothing of it.
 _PROCESSES = [
-    denied(f"{whose}: {what}", _FAMILY, action, setup=f"pid = {pid}")
+    denied(f"{whose}: {what}", _FAMILY, action, setup=f"pid = {pid}", falls=whose == "supervisor")
     for whose, pid in (("supervisor", "1"), ("broker", "broker()"))
     for what, action in _OF_A_PROCESS.items()
 ]
@@ -28,7 +29,7 @@ _SIGNALS = [
     denied("broker: a signal by pidfd", _FAMILY, "__import__('signal').pidfd_send_signal(fd, 18)", falls=True,
            setup="fd = os.pidfd_open(broker())"),
     denied("broker: its priority", _FAMILY, "os.setpriority(os.PRIO_PROCESS, broker(), 19)", falls=True),
-    denied("broker: its limits", _FAMILY, "__import__('resource').prlimit(broker(), 7)"),
+    denied("broker: its limits", _FAMILY, "__import__('resource').prlimit(broker(), 7)", falls=True),
     denied("broker: its user", _FAMILY, "os.setuid(os.stat(GUEST_SOCKET).st_uid)", falls=True),
     denied("broker: ptrace", _FAMILY, "call(101, 117, 16, broker(), 0, 0)"),
     denied("broker: process_vm_readv", _FAMILY, "call(310, 270, broker(), vector, 1, vector, 1, 0)",

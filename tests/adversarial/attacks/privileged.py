@@ -46,7 +46,7 @@ def lift():
     if hard == resource.RLIM_INFINITY: return
     try: resource.setrlimit(resource.RLIMIT_NPROC, (hard + 1, hard + 1))
     except ValueError: raise OSError(errno.EPERM, '')
-""", falls=True),
+"""),
     denied("ptrace of oneself by a child", _FAMILY, "child()", setup="""
 def child():
     if in_child(lambda: call(101, 117, 0, 0, 0, 0)): raise OSError(errno.EPERM, '')
