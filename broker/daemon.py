@@ -39,11 +39,6 @@ class Linger:
         self._timer: gevent.Greenlet | None = None
         self._wait()
 
-    @property
-    def connections(self) -> int:
-        """How many connections hosts hold."""
-        return self._connected
-
     def connected(self) -> None:
         """A host has connected."""
         self._connected += 1
@@ -99,7 +94,7 @@ class Daemon:
             self.sessions,
             log,
             name=config.name,
-            connections=lambda: self._linger.connections,
+            connections=lambda: self._servers[-1].living_connections(),
             self_test=self_test,
         )
         self.guest_app = make_guest_app(self.sessions, log)

@@ -197,6 +197,10 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
             del self.connections[sock]
             self._left(connection.peer)
 
+    def living_connections(self) -> int:
+        """Count the connections whose other side is still there; one that waits for an answer may have died."""
+        return sum(connection.still_there() for connection in self.connections.values())
+
     def log_defect(self, error: BaseException) -> None:
         """Log an exception that reached the server."""
         if not isinstance(error, OSError):  # a client that went away

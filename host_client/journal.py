@@ -462,7 +462,7 @@ def _explain(path: str, error: Exception) -> JournalUnusable:
     lower = text.lower()
     if "full" in lower or "no space" in lower or "quota" in lower:
         what, help = "the disk is full", f"make room: df -h {Path(path).parent}"
-    elif "readonly" in lower or "read-only" in lower or "permission" in lower:
+    elif any(word in lower for word in ("readonly", "read-only", "permission", "unable to open")):
         what, help = "it cannot be written to", f"is {Path(path).parent} yours, and mounted for writing?"
     elif "locked" in lower:
         what, help = "another process holds it", "is one of yours stopped? Let it go on, or kill it"
