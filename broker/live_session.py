@@ -100,8 +100,6 @@ class LiveSession:
     def claim(self, wanted: ClaimRequest, still_there: Callable[[], bool]) -> WithBlobs:
         """Renew leases, then wait for tool calls or for the execution's end."""
         execution = self.core.find(wanted.execution_id)
-        if execution is None and self.core.lost is not None:
-            raise SessionLost(self.core.lost)
         lost = self.core.tool_calls.renew(wanted.renew, wanted.lease_s) if wanted.renew else []
         return self._progress(execution, wanted, still_there, tuple(lost))
 
@@ -176,6 +174,8 @@ class LiveSession:
         wait_s = min(wanted.wait_s, limits.MAX_WAIT_S)
         if wait_s > 0:
             self._news.wait_until(ready, wait_s)
+        if execution is None and core.lost is not None:  # an execution tells it in its result
+            raise SessionLost(core.lost)
         if wanted.limit:
             core.check_epoch(epoch)
         taken: list[ToolCall] = []

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from broker.protocol.messages import Attached, StartedCall, Verdict
 from host_client.broker_client import BrokerClient, SessionInfo
 from host_client.call_recorder import unpack
-from host_client.errors import CallGone, LeaseExpired, SandboxError, UnknownSession
+from host_client.errors import CallGone, LeaseExpired, SandboxError, SessionLost, UnknownSession
 from host_client.journal import REQUEUED, STARTED, UNKNOWN, CallKey, Holder, Journal
 from host_client.providers.base import SandboxHandle
 
@@ -38,6 +38,7 @@ def find_session(address: str, handles: Iterable[SandboxHandle], connect: Connec
 
     Raises:
         UnknownSession: None, or several, are meant.
+        SessionLost: The one that is meant has lost its namespace.
     """
     sandbox, slash, wanted = address.rpartition("/")
     found: list[Found] = []
@@ -109,10 +110,10 @@ def _settle(call: StartedCall, key: CallKey, client: BrokerClient, journal: Jour
 
 
 def _search(handle: SandboxHandle, connect: Connect, matches: Callable[[SessionInfo], bool]) -> list[Found]:
-    """Return the living sessions of one sandbox that match, each with a client; a broker that is gone has none."""
+    """Return the sessions of one sandbox that match, each with a client; a broker that is gone has none."""
     client = connect(handle)
     try:
-        sessions = [session for session in client.sessions() if session.lost is None and matches(session)]
+        sessions = [session for session in client.sessions() if matches(session)]
     except SandboxError as error:
         log.debug("%s was not searched: %s", handle.name, error)
         sessions = []
@@ -122,14 +123,20 @@ def _search(handle: SandboxHandle, connect: Connect, matches: Callable[[SessionI
 
 
 def _the_only(found: list[Found], address: str) -> Found:
-    if len(found) == 1:
-        return found[0]
+    living = [each for each in found if each.session.lost is None]
     for each in found:
-        each.client.close()
+        # One client speaks for all sessions of its sandbox.
+        if len(living) != 1 or each.client is not living[0].client:
+            each.client.close()
+    if len(living) == 1:
+        return living[0]
+    if found and not living:
+        reason = found[-1].session.lost or "unknown"
+        raise SessionLost(f"the session {address!r} is lost ({reason}); its variables are gone", reason=reason)
     if not found:
         raise UnknownSession(
             f"there is no session {address!r} to attach to",
             help="a sandbox whose host is gone ends after a minute; rlm-sandbox status shows what is running",
         )
-    meant = ", ".join(f"{each.handle.name}/{each.session.name or each.session.session_id}" for each in found)
+    meant = ", ".join(f"{each.handle.name}/{each.session.name or each.session.session_id}" for each in living)
     raise UnknownSession(f"{address!r} could mean {meant}", help="attach to one of these")

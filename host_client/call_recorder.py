@@ -35,6 +35,12 @@ class CallRecorder:
     ) -> None:
         self._journal, self._holder, self._masker = journal, holder, masker
         self._clock, self._stopwatch = clock, stopwatch
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the journal, now and after each tool that goes on although its session has ended. Idempotent."""
+        self._closed = True
+        self._journal.close()
 
     def begin(self, claim: Claim, *, idempotent: bool) -> RunningRecord:
         """Note that a tool starts; of an idempotent one only when it has ended.
@@ -54,17 +60,33 @@ class CallRecorder:
         )
         if not idempotent:
             self._journal.intend(self._holder, record)
-        return RunningRecord(self._journal, record, self._masker, not idempotent, self._stopwatch)
+        return RunningRecord(self, record, durable=not idempotent)
+
+    def conclude(self, record: CallRecord, result: ToolResult, blobs: Sequence[Blob], *, durable: bool) -> None:
+        """Note how a tool ended; see ``RunningRecord.conclude``."""
+        # Masked it would be another result: a successor that needs it resolves the call as unknown instead.
+        outcome = None if self._masker.is_in(result, blobs) else pack(result, blobs)
+        try:
+            self._journal.conclude(dataclasses.replace(record, outcome=outcome), durable=durable)
+        finally:
+            if self._closed:
+                self._journal.close()
+
+    def delivered(self, record: CallRecord) -> None:
+        """Note that the broker has an outcome."""
+        self._journal.delivered(record.key)
+
+    def now_s(self) -> float:
+        """Return monotonic seconds."""
+        return self._stopwatch()
 
 
 class RunningRecord:
     """The record of a tool that runs."""
 
-    def __init__(
-        self, journal: Journal, record: CallRecord, masker: Masker, durable: bool, stopwatch: Callable[[], float]
-    ) -> None:
-        self._journal, self._record, self._masker, self._durable = journal, record, masker, durable
-        self._stopwatch, self._started_at = stopwatch, stopwatch()
+    def __init__(self, recorder: CallRecorder, record: CallRecord, *, durable: bool) -> None:
+        self._recorder, self._record, self._durable = recorder, record, durable
+        self._started_at = recorder.now_s()
 
     def conclude(self, result: ToolResult, blobs: Sequence[Blob]) -> None:
         """Record the outcome before the broker is told.
@@ -72,18 +94,16 @@ class RunningRecord:
         Raises:
             JournalUnusable: It could not be; the outcome must not be told.
         """
-        record = dataclasses.replace(
+        ended = dataclasses.replace(
             self._record,
             state=DONE if result.error is None else FAILED,
-            duration_s=self._stopwatch() - self._started_at,
-            # Masked it would be another result: a successor that needs it resolves the call as unknown instead.
-            outcome=None if self._masker.is_in(result, blobs) else pack(result, blobs),
+            duration_s=self._recorder.now_s() - self._started_at,
         )
-        self._journal.conclude(record, durable=self._durable)
+        self._recorder.conclude(ended, result, blobs, durable=self._durable)
 
     def delivered(self) -> None:
         """Note that the broker has it."""
-        self._journal.delivered(self._record.key)
+        self._recorder.delivered(self._record)
 
 
 def pack(result: ToolResult, blobs: Sequence[Blob]) -> bytes | None:

@@ -76,7 +76,7 @@ class SandboxSession:
         self.masker = masker
         self.recorder = CallRecorder(journal, holder, masker)
         self.unfinished = None if attached is None else attached.execution_id
-        self._journal, self._epoch = journal, holder.epoch
+        self._epoch = holder.epoch
         self.known_fields: Any = None
         self.tools_sent = False
         self._provider = provider
@@ -211,7 +211,7 @@ class SandboxSession:
     def _let_go(self) -> None:
         self.client.close()
         self.threads.close()
-        self._journal.close()
+        self.recorder.close()
 
     def _reason(self, error: SandboxError) -> str:
         if isinstance(error, SessionLost):

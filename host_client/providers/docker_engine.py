@@ -32,6 +32,9 @@ from host_client.errors import (
 CONNECT_TIMEOUT_S = 5.0
 # Creating and starting a container takes under a second; a busy disk may need many.
 CALL_TIMEOUT_S = 60
+#: How long a removal by somebody else is waited for.
+_REMOVAL_S = 10
+_CONFLICT = 409
 # A build step or an import is silent while it works.
 BUILD_TIMEOUT_S = 900
 # 20.10: private cgroup namespaces, and a seccomp filter that can be handed in.
@@ -269,9 +272,15 @@ class DockerEngine:
             self._quick.kill(container_id, signal=signal)
 
     def remove(self, container_id: str, force: bool = True) -> None:
-        """Remove a container; one that is gone, or being removed by somebody else, is fine."""
-        with contextlib.suppress(ContainerNotFound), _errors(f"removing container {container_id[:12]}", fine={409}):
-            self._quick.remove_container(container_id, v=True, force=force)
+        """Remove a container, and return once it is gone; one that is gone already is fine."""
+        with contextlib.suppress(ContainerNotFound), _errors(f"removing container {container_id[:12]}"):
+            try:
+                self._quick.remove_container(container_id, v=True, force=force)
+            except docker.errors.APIError as error:
+                if error.response is None or error.response.status_code != _CONFLICT:
+                    raise
+                # Somebody else is removing it; what it holds may be given to others only after that.
+                self._quick.wait(container_id, condition="removed", timeout=_REMOVAL_S)
 
     def list(self, labels: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return all containers, running or not, with these labels; an empty value stands for any value."""

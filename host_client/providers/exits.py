@@ -26,6 +26,8 @@ def death_reason(state: Mapping[str, Any]) -> str | None:
     """
     if state.get("Running") or state.get("Paused"):
         return None
+    if state.get("Status") in ("removing", "dead"):
+        return "removed"  # by force: it was killed for that, a moment ago
     code = int(state.get("ExitCode") or 0)
     if code == EXIT_OUT_OF_MEMORY:
         return "oom"

@@ -283,9 +283,21 @@ def test_a_missing_image_is_told_apart_from_a_missing_container() -> None:
 
 @pytest.mark.parametrize("status", [404, 409])
 def test_removing_and_killing_what_is_gone_or_going_is_fine(status: int) -> None:
-    engine = failing(api_error(status, "removal of container x is already in progress"))
-    engine.remove("x")
-    engine.kill("x")
+    failing(api_error(status, "removal of container x is already in progress")).kill("x")
+    if status == 404:
+        failing(api_error(status, "no such container")).remove("x")
+
+
+def test_a_removal_by_somebody_else_is_waited_for() -> None:
+    waited: list[Any] = []
+
+    class BeingRemoved(FakeClient):
+        def wait(self, container_id: str, **keywords: Any) -> None:
+            waited.append((container_id, keywords["condition"]))
+
+    client: Any = BeingRemoved(api_error(409, "removal of container x is already in progress"))
+    DockerEngine(client).remove("x")
+    assert waited == [("x", "removed")]
 
 
 def test_a_full_disk_of_the_engine_is_named_as_such() -> None:
