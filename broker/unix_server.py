@@ -180,7 +180,13 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
         super().__init__(_listen(path, mode), app, handler_class=UnixHandler, log=None, error_log=None)
 
     def handle(self, sock: Any, address: Any) -> None:
-        """Serve one connection until it ends."""
+        """Serve one connection until it ends. Whatever goes wrong is logged by us: gevent would print it, unbounded."""
+        try:
+            self._serve_admitted(sock, address)
+        except Exception as error:
+            self.log_defect(error)
+
+    def _serve_admitted(self, sock: Any, address: Any) -> None:
         connection = Connection(sock)
         try:
             self._admit(connection.peer)

@@ -27,9 +27,9 @@ _SETUP_DEADLINE_S = 20.0
 
 
 def weakened(settings: SandboxSettings) -> Isolation:
-    """Return what is no boundary: one uid for all, every system call, the engine's network, no Landlock."""
+    """Return what is no boundary: one uid for all, every system call, the host's network, no Landlock."""
     return Isolation(
-        network="bridge",
+        network="host",
         seccomp={"defaultAction": "SCMP_ACT_ALLOW"},
         separate_users=False,
         landlock=False,
@@ -55,10 +55,21 @@ class Aftermath:
     seconds: float
     growth_bytes: int
 
-    @property
-    def text(self) -> str:
-        """Everything that came back."""
-        return f"{self.value!r}\n{self.error}"
+    def holds(self, text: str) -> bool:
+        """Tell whether a text is in anything that came back. Hostile values may be larger than their parts."""
+        pending, seen = [self.value, str(self.error)], set()
+        while pending:
+            part = pending.pop()
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            if isinstance(part, dict):
+                pending += [*part.keys(), *part.values()]
+            elif isinstance(part, (list, tuple, set, frozenset)):
+                pending += part
+            elif text in (part.decode("latin-1") if isinstance(part, bytes) else str(part)):
+                return True
+        return False
 
 
 class Target:

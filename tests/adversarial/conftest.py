@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

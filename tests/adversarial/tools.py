@@ -53,7 +53,6 @@ class Tools:
         self.runs["tally"] += 1
         return thing
 
-
     def hang(self) -> str:
         """Answer only after the execution."""
         self.runs["tally"] += 1

@@ -51,18 +51,31 @@ denied""",
     denied("a device: the null device", _FAMILY, "os.mknod('/tmp/null', 0o020666, os.makedev(1, 3))"),
     denied("a device: the host's disk", _FAMILY, "os.mknod('/tmp/disk', 0o060666, os.makedev(8, 0))"),
     denied("a device: memory", _FAMILY, "os.mknod('/tmp/mem', 0o020666, os.makedev(1, 1))"),
-    denied("a file with capabilities", _FAMILY,
-           "os.setxattr('/tmp/program', 'security.capability', bytes.fromhex('0100000202000000000000000000000000000000'))",
-           setup="open('/tmp/program', 'w').close()"),
+    denied(
+        "a file with capabilities",
+        _FAMILY,
+        "os.setxattr('/tmp/program', 'security.capability', bytes.fromhex('0100000202000000000000000000000000000000'))",
+        setup="open('/tmp/program', 'w').close()",
+    ),
     denied("giving a file away", _FAMILY, "os.chown('/tmp/given', 0, 0)", setup="open('/tmp/given', 'w').close()"),
-    denied("more chance of survival than PID 1", _FAMILY, "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')"),
-    denied("as much chance of survival as PID 1", _FAMILY, "spare()", setup="""
+    denied(
+        "more chance of survival than PID 1",
+        _FAMILY,
+        "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')",
+    ),
+    denied(
+        "as much chance of survival as PID 1",
+        _FAMILY,
+        "spare()",
+        setup="""
 def spare():
     'After an exec the file is ours again.'
     code = "open('/proc/self/oom_score_adj', 'w').write('0')"
     status = subprocess.run([sys.executable, '-c', f'try:\\n {code}\\nexcept OSError as e: raise SystemExit(e.errno)']).returncode
     if status: raise OSError(status, '')
-""", falls=True),
+""",
+        falls=True,
+    ),
     denied("the root of another name space", _FAMILY, "os.listdir('/proc/1/root/')", falls=True),
     denied("a file by its handle", _FAMILY, "call(304, 265, -100, ctypes.create_string_buffer(16), 0)"),
     Attack(

@@ -26,27 +26,45 @@ _PROCESSES = [
 _SIGNALS = [
     denied("broker: a signal", _FAMILY, "os.kill(broker(), 18)", falls=True),
     denied("supervisor: a signal", _FAMILY, "os.kill(1, 18)", falls=True),
-    denied("broker: a signal by pidfd", _FAMILY, "__import__('signal').pidfd_send_signal(fd, 18)", falls=True,
-           setup="fd = os.pidfd_open(broker())"),
+    denied(
+        "broker: a signal by pidfd",
+        _FAMILY,
+        "__import__('signal').pidfd_send_signal(fd, 18)",
+        falls=True,
+        setup="fd = os.pidfd_open(broker())",
+    ),
     denied("broker: its priority", _FAMILY, "os.setpriority(os.PRIO_PROCESS, broker(), 19)", falls=True),
     denied("broker: its limits", _FAMILY, "__import__('resource').prlimit(broker(), 7)", falls=True),
     denied("broker: its user", _FAMILY, "os.setuid(os.stat(GUEST_SOCKET).st_uid)", falls=True),
     denied("broker: ptrace", _FAMILY, "call(101, 117, 16, broker(), 0, 0)"),
-    denied("broker: process_vm_readv", _FAMILY, "call(310, 270, broker(), vector, 1, vector, 1, 0)",
-           setup="vector = (ctypes.c_ulong * 2)(ctypes.addressof(ctypes.create_string_buffer(8)), 8)"),
+    denied(
+        "broker: process_vm_readv",
+        _FAMILY,
+        "call(310, 270, broker(), vector, 1, vector, 1, 0)",
+        setup="vector = (ctypes.c_ulong * 2)(ctypes.addressof(ctypes.create_string_buffer(8)), 8)",
+    ),
     denied("broker: a descriptor by pidfd_getfd", _FAMILY, "call(438, 438, os.pidfd_open(broker()), 3, 0)"),
 ]
 
 _SOCKETS = [
     denied("host.sock: connect", _FAMILY, "connect(HOST_SOCKET)", falls=True),
     denied("host.sock: list its folder", _FAMILY, "os.listdir('/run/rlm-sandbox/host')", falls=True),
-    denied("host.sock: another one beside it", _FAMILY, "os.symlink('/tmp', '/run/rlm-sandbox/host/evil.sock')",
-           falls=True),
-    denied("host.sock: put a link in its place", _FAMILY, "os.rename('/tmp/link', HOST_SOCKET)",
-           setup="os.path.lexists('/tmp/link') or os.symlink(GUEST_SOCKET, '/tmp/link')"),
+    denied(
+        "host.sock: another one beside it", _FAMILY, "os.symlink('/tmp', '/run/rlm-sandbox/host/evil.sock')", falls=True
+    ),
+    denied(
+        "host.sock: put a link in its place",
+        _FAMILY,
+        "os.rename('/tmp/link', HOST_SOCKET)",
+        setup="os.path.lexists('/tmp/link') or os.symlink(GUEST_SOCKET, '/tmp/link')",
+    ),
     denied("guest.sock: another one beside it", _FAMILY, "os.mkdir('/run/rlm-sandbox/guest/evil')", falls=True),
-    denied("guest.sock: another one in its place", _FAMILY, "os.rename('/run/rlm-sandbox/guest/guest.sock', GUEST_SOCKET)",
-           falls=True),
+    denied(
+        "guest.sock: another one in its place",
+        _FAMILY,
+        "os.rename('/run/rlm-sandbox/guest/guest.sock', GUEST_SOCKET)",
+        falls=True,
+    ),
     denied("guest.sock: its mode", _FAMILY, "os.chmod(GUEST_SOCKET, 0o666)", falls=True),
     Attack(
         name="the host's plane through the host's socket",
@@ -92,8 +110,13 @@ _CALLS = [
     _status("a call of another execution", "forged_call('tally', execution='0' * 32)[0]", 409),
     _status("a call of no tool", "forged_call('__import__', 'os')[0]", 404),
     _status("a call of a tool's attribute", "forged_call('tally.__globals__')[0]", 404),
-    _status("a call that a made-up user makes", "forged_call('tally')[0] and guest('GET', '/v1/tool-calls/1', None, "
-            "'X-Forwarded-User: root\\r\\nRLM-Sandbox-Connection: 1\\r\\n')[0]", 404, runs=1),
+    _status(
+        "a call that a made-up user makes",
+        "forged_call('tally')[0] and guest('GET', '/v1/tool-calls/1', None, "
+        "'X-Forwarded-User: root\\r\\nRLM-Sandbox-Connection: 1\\r\\n')[0]",
+        404,
+        runs=1,
+    ),
     Attack(
         name="other arguments under the same key",
         family=_FAMILY,

@@ -74,4 +74,3 @@ os.makedirs('/tmp/a' + '/b' * 200); os.mkdir('/tmp/locked'); os.mkdir('/tmp/lock
 os.symlink(victim['home'], '/tmp/way')""",
     ),
 ]  # fmt: skip
-

@@ -12,20 +12,31 @@ _BUFFER = "buffer = ctypes.create_string_buffer(256)"
 _PAIR = "import itertools\na, b = os.pipe(); c, d = os.pipe(); os.write(b, b'x')"
 
 ATTACKS = [
-    denied("a user namespace", _FAMILY, "child()", falls=True, setup="""
+    denied(
+        "a user namespace",
+        _FAMILY,
+        "child()",
+        falls=True,
+        setup="""
 def child():
     'In a child: who enters it, stays in it.'
     status = in_child(lambda: call(272, 97, 0x10000000))
     if status: raise OSError(errno.EPERM, '')
-"""),
-    denied("a mount in a namespace of one's own", _FAMILY, "child()", setup="""
+""",
+    ),
+    denied(
+        "a mount in a namespace of one's own",
+        _FAMILY,
+        "child()",
+        setup="""
 def mount():
     call(272, 97, 0x10020000)
     call(165, 40, b'tmpfs', b'/tmp', b'tmpfs', 0, 0)
 def child():
     status = in_child(mount)
     if status: raise OSError(errno.EPERM, '')
-"""),
+""",
+    ),
     denied("a mount", _FAMILY, "call(165, 40, b'tmpfs', b'/tmp', b'tmpfs', 0, 0)"),
     denied("remounting the root", _FAMILY, "call(165, 40, b'none', b'/', b'none', 0x1020, 0)"),
     denied("unmounting /proc's covers", _FAMILY, "call(166, 39, b'/proc/keys', 2)"),
@@ -33,24 +44,40 @@ def child():
     denied("the namespaces of PID 1", _FAMILY, "call(308, 268, os.open('/proc/1/ns/mnt', 0), 0)"),
     denied("root", _FAMILY, "os.setresuid(0, 0, 0)"),
     denied("groups", _FAMILY, "os.setgroups([0])"),
-    denied("capabilities", _FAMILY, "call(126, 91, header, wanted)", setup="""
+    denied(
+        "capabilities",
+        _FAMILY,
+        "call(126, 91, header, wanted)",
+        setup="""
 header = (ctypes.c_uint * 2)(0x20080522, 0)
 wanted = (ctypes.c_uint * 6)(*[0xffffffff] * 6)
-"""),
+""",
+    ),
     denied("higher priority", _FAMILY, "os.setpriority(os.PRIO_PROCESS, 0, -20)"),
     denied("real time", _FAMILY, "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"),
-    denied("more processes", _FAMILY, "lift()", setup="""
+    denied(
+        "more processes",
+        _FAMILY,
+        "lift()",
+        setup="""
 import resource
 def lift():
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     if hard == resource.RLIM_INFINITY: return
     try: resource.setrlimit(resource.RLIMIT_NPROC, (hard + 1, hard + 1))
     except ValueError: raise OSError(errno.EPERM, '')
-"""),
-    denied("ptrace of oneself by a child", _FAMILY, "child()", setup="""
+""",
+    ),
+    denied(
+        "ptrace of oneself by a child",
+        _FAMILY,
+        "child()",
+        setup="""
 def child():
     if in_child(lambda: call(101, 117, 0, 0, 0, 0)): raise OSError(errno.EPERM, '')
-""", falls=True),
+""",
+        falls=True,
+    ),
     denied("faults handled by the user", _FAMILY, "call(323, 282, 1)", falls=True),
     denied("a key in the kernel's ring", _FAMILY, "call(248, 217, b'user', b'canary', b'x', 1, -3)", falls=True),
     denied("reading the kernel's ring of keys", _FAMILY, "call(250, 219, 0, -3, 1)", falls=True),
