@@ -19,7 +19,7 @@ from host_client.providers.docker_engine import DockerEngine
 from host_client.runtime_dir import RuntimeDir
 from tests.docker.sandboxes import engine, image, leaks, provider, runtime, settings
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
 
 __all__ = ["engine", "image", "provider", "runtime", "settings"]
 
