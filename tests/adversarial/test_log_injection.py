@@ -27,8 +27,7 @@ _WAYS = {
     "the name of a process": "_libc.prctl(15, b'INJECTED', 0, 0, 0)",
     "an end of the worker": "_libc.prctl(15, b'INJECTED', 0, 0, 0); os._exit(3)",
     "streams of PID 1": (
-        "for fd in (0, 1, 2):\n"
-        "    with contextlib.suppress(OSError): open(f'/proc/1/fd/{{fd}}', 'w').write('INJECTED')"
+        "for fd in (0, 1, 2):\n    with contextlib.suppress(OSError): open(f'/proc/1/fd/{{fd}}', 'w').write('INJECTED')"
     ),
 }
 

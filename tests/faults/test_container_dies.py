@@ -132,7 +132,7 @@ class Scene:
 #: What its death is called.
 VICTIMS: dict[str, tuple[Victim, set[str]]] = {
     "worker": (worker, {"killed"}),
-    "broker": (broker, {"killed", "crashed(SIGKILL)", "broker_died", "removed", "exited(1)"}),
+    "broker": (broker, {"killed"}),
     "supervisor": (supervisor, {"killed"}),
 }
 
