@@ -30,19 +30,31 @@ def broker() -> Iterator[InProcessBroker]:
         yield box
 
 
+class NotingProvider(FakeProvider):
+    """Notes the interpreters that a test leaves open; collected at random, they would ask a broker in their thread."""
+
+    def __init__(self, broker: InProcessBroker) -> None:
+        super().__init__(broker)
+        self.opened: list[SandboxInterpreter] = []
+
+
 @pytest.fixture
-def fake(broker: InProcessBroker) -> FakeProvider:
-    return FakeProvider(broker)
+def fake(broker: InProcessBroker) -> Iterator[NotingProvider]:
+    made = NotingProvider(broker)
+    yield made
+    for interpreter in made.opened:
+        interpreter.shutdown()
 
 
-def opened(fake: FakeProvider, **keywords: Any) -> SandboxInterpreter:
+def opened(fake: NotingProvider, **keywords: Any) -> SandboxInterpreter:
     interpreter = SandboxInterpreter(provider=fake, **keywords)
     interpreter.start()
+    fake.opened.append(interpreter)
     return interpreter
 
 
 @pytest.mark.parametrize("address", ["novel", "in-process/novel", "id", "in-process/id", "in-process"])
-def test_a_session_is_found_by_its_name_its_id_or_its_sandbox(fake: FakeProvider, address: str) -> None:
+def test_a_session_is_found_by_its_name_its_id_or_its_sandbox(fake: NotingProvider, address: str) -> None:
     older = opened(fake, session="novel")
     older.execute("x = 41")
     with SandboxInterpreter.attach(address.replace("id", older.session_id or ""), provider=fake) as newer:
@@ -50,19 +62,19 @@ def test_a_session_is_found_by_its_name_its_id_or_its_sandbox(fake: FakeProvider
         assert newer.execute("x + 1") == 42
 
 
-def test_a_factory_attaches_too(fake: FakeProvider) -> None:
+def test_a_factory_attaches_too(fake: NotingProvider) -> None:
     older = opened(fake, session="novel")
     older.execute("x = 41")
     with SandboxInterpreter.factory(attach="novel", provider=fake)() as newer:
         assert newer.execute("x + 1") == 42
 
 
-def test_what_is_not_there_cannot_be_attached_to(fake: FakeProvider) -> None:
+def test_what_is_not_there_cannot_be_attached_to(fake: NotingProvider) -> None:
     with pytest.raises(UnknownSession, match="no session 'novel'"):
         SandboxInterpreter.attach("novel", provider=fake)
 
 
-def test_what_could_mean_several_names_them(fake: FakeProvider) -> None:
+def test_what_could_mean_several_names_them(fake: NotingProvider) -> None:
     several = pytest.raises(UnknownSession, match="in-process/one, in-process/two")
     with opened(fake, session="one"), opened(fake, session="two"), several:
         SandboxInterpreter.attach("in-process", provider=fake)
@@ -77,7 +89,7 @@ def test_keywords_that_contradict_each_other_are_refused_at_once(keywords: dict[
             make(**keywords)  # type: ignore[arg-type]
 
 
-def test_the_older_client_is_fenced_says_so_at_once_from_then_on_and_ends_nothing(fake: FakeProvider) -> None:
+def test_the_older_client_is_fenced_says_so_at_once_from_then_on_and_ends_nothing(fake: NotingProvider) -> None:
     older = opened(fake, session="novel")
     older.execute("x = 1")
     with SandboxInterpreter.attach("novel", provider=fake) as newer:
@@ -89,10 +101,11 @@ def test_the_older_client_is_fenced_says_so_at_once_from_then_on_and_ends_nothin
         assert newer.execute("x") == 1
 
 
-def test_of_two_clients_that_attach_in_turn_the_last_one_holds_it(fake: FakeProvider) -> None:
+def test_of_two_clients_that_attach_in_turn_the_last_one_holds_it(fake: NotingProvider) -> None:
     first = opened(fake, session="novel")
     first.execute("x = 1")
     second = SandboxInterpreter.attach("novel", provider=fake)
+    fake.opened.append(second)
     with SandboxInterpreter.attach("novel", provider=fake) as third:
         with pytest.raises(SessionLost):
             second.execute("x")
@@ -100,24 +113,23 @@ def test_of_two_clients_that_attach_in_turn_the_last_one_holds_it(fake: FakeProv
 
 
 def test_somebody_else_attaching_at_the_same_moment_is_told(
-    fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
+    fake: NotingProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = opened(fake, session="novel")
-    winner: list[SandboxInterpreter] = []
     attach = HttpBrokerClient.attach
 
     def raced(self: HttpBrokerClient, session_id: str, epoch: int) -> Any:
         monkeypatch.setattr(HttpBrokerClient, "attach", attach)
-        winner.append(SandboxInterpreter.attach("novel", provider=fake))
+        fake.opened.append(SandboxInterpreter.attach("novel", provider=fake))
         return attach(self, session_id, epoch)
 
     monkeypatch.setattr(HttpBrokerClient, "attach", raced)
     with pytest.raises(Fenced):
         SandboxInterpreter.attach("novel", provider=fake)
-    assert winner[0].session_id == older.session_id
+    assert fake.opened[1].session_id == older.session_id
 
 
-def test_a_new_execution_first_carries_the_old_one_to_its_end(fake: FakeProvider) -> None:
+def test_a_new_execution_first_carries_the_old_one_to_its_end(fake: NotingProvider) -> None:
     entered, release = threading.Event(), threading.Event()
 
     def slow() -> str:
@@ -148,7 +160,7 @@ def test_a_new_execution_first_carries_the_old_one_to_its_end(fake: FakeProvider
     assert isinstance(errors[0], SessionLost)
 
 
-def test_a_tool_reads_the_same_key_at_each_attempt(fake: FakeProvider) -> None:
+def test_a_tool_reads_the_same_key_at_each_attempt(fake: NotingProvider) -> None:
     seen: list[tuple[str, int]] = []
     finished = threading.Event()
 
