@@ -49,6 +49,7 @@ def test_the_guest_planes_routes_are_those_of_the_document(sessions: Sessions) -
 def test_the_document_has_the_version_and_the_limits_of_the_code() -> None:
     assert f"# The protocol of the broker, version {PROTOCOL_VERSION}\n" in DOCUMENT
     assert f"deeper than {limits.MAX_JSON_DEPTH} levels" in DOCUMENT
+    assert f"more than {limits.MAX_JSON_CONTAINERS:,} lists and objects" in DOCUMENT
     assert f"{limits.MAX_TOOL_CALL_BYTES >> 20} MiB" in DOCUMENT
     assert f"| one long poll | {limits.MAX_WAIT_S:g} s" in DOCUMENT
     assert f"| open tool calls of a session | {limits.MAX_PENDING_TOOL_CALLS:,}" in DOCUMENT
