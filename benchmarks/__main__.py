@@ -12,7 +12,7 @@ from benchmarks import cases, contenders, measure, report
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; exit code 0 unless a contender gave a wrong answer or could not run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the samples")
+    parser.add_argument("--quick", action="store_true", help="fewer samples")
     parser.add_argument("--no-deno", action="store_true", help="leave dspy.PythonInterpreter out")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the JSON file and the plot")
     chosen = parser.parse_args(argv)

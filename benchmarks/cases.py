@@ -112,13 +112,13 @@ def _same_variable(interpreter: Any) -> float:
 
 
 def all_cases(*, quick: bool) -> list[Case]:
-    """Return the cases in the order of the tables; ``quick`` takes a tenth of the samples."""
+    """Return the cases in the order of the tables; ``quick`` takes fewer samples."""
     scale = 1 if quick else 10
     return [
-        Case("time to interactive", _to_interactive, rounds=scale, fresh=True),
-        Case("warm execution", lambda i: timed(lambda: i.execute("1 + 1"), 2), rounds=scale, batch=50),
-        Case("one tool call", lambda i: timed(lambda: i.execute("double(21)"), 42), rounds=scale, batch=50),
-        Case("1 MiB fresh variable", _fresh_variable, rounds=scale, batch=5),
+        Case("time to interactive", _to_interactive, rounds=max(3, scale), fresh=True),
+        Case("warm execution", lambda i: timed(lambda: i.execute("1 + 1"), 2), rounds=max(4, scale), batch=50),
+        Case("one tool call", lambda i: timed(lambda: i.execute("double(21)"), 42), rounds=max(4, scale), batch=50),
+        Case("1 MiB fresh variable", _fresh_variable, rounds=max(3, scale), batch=5),
         # Deno takes most of a minute for each.
         Case("same 64 MiB variable again", _same_variable, rounds=max(1, scale // 3)),
         Case(
@@ -127,6 +127,6 @@ def all_cases(*, quick: bool) -> list[Case]:
             rounds=max(2, scale // 3),
             needs_threads=True,
         ),
-        Case("shutdown", _shutdown, rounds=scale, fresh=True),
+        Case("shutdown", _shutdown, rounds=max(3, scale), fresh=True),
         Case("memory", _memory, rounds=max(1, scale // 3), unit="bytes", fresh=True),
     ]
