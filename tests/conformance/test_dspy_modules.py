@@ -156,13 +156,16 @@ def test_evaluate_with_eight_threads(backend: Backend) -> None:
 
     class Program(dspy.Module):
         def forward(self, n: str) -> Any:
-            program = rlm("n -> answer", factory, tools=[dspy.Tool(lambda n: n * 2, name="double")])
+            program = rlm(signature, factory, tools=[dspy.Tool(lambda n: n * 2, name="double")])
             with dspy.context(lm=writes("SUBMIT(double(n))")):
                 prediction = program(n=n)
             if not versions.HAS_FACTORY:
                 program._interpreter.shutdown()
             return prediction
 
+    # Parsed here: CPython 3.11's ast.parse, which DSPy uses for signatures, fails now and then in parallel threads
+    # ("AST constructor recursion depth mismatch").
+    signature = dspy.Signature("n -> answer")
     factory = backend.factory(script=itertools.repeat(double))
     examples = [dspy.Example(n=f"<{i}>", answer=f"<{i}><{i}>").with_inputs("n") for i in range(24)]
     evaluate = dspy.Evaluate(
