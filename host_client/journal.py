@@ -429,7 +429,7 @@ def _prepare(db: sqlite3.Connection) -> None:
         )
     if version == 0:
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-    db.execute("PRAGMA journal_mode=WAL")
+    _write_ahead(db)
     db.execute("PRAGMA synchronous=FULL")
     db.execute(f"PRAGMA journal_size_limit={MAX_OUTCOME_BYTES}")
     with _transaction(db):
@@ -437,6 +437,19 @@ def _prepare(db: sqlite3.Connection) -> None:
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 db.execute(statement)
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Turn write-ahead logging on: SQLite's own time-out does not cover two that do so to a new file at once."""
+    give_up_at = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.005)
 
 
 def _make_folder(path: str) -> None:
