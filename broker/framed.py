@@ -1,8 +1,9 @@
 """The framed form of a plane: after an HTTP Upgrade, requests and replies are frames on the same connection.
 
-The same requests, bodies and errors as over HTTP, without HTTP's parsing (what that saves: decision 009). A request's frame has the header ``{"request": "POST /v1/...", "body": {...}}``, its
-reply's ``{"status": 200, "body": {...}}``, both with the blobs that the body refers to. One request at a
-time; a request that this form does not serve is answered with 404, and HTTP serves it.
+The same requests, bodies and errors as over HTTP, without HTTP's parsing (what that saves: decision 009). A
+request's frame has the header ``{"request": "POST /v1/...", "body": {...}}``, its reply's
+``{"status": 200, "body": {...}}``, both with the blobs that the body refers to. One request at a time; a
+request that this form does not serve is answered with 404, and HTTP serves it.
 """
 
 from __future__ import annotations
