@@ -151,18 +151,20 @@ class ToolCalls:
     def _not_run(self, claim: Claim, error: SandboxError) -> None:
         """What cannot be recorded must not happen; the caller of ``execute`` gets the error, the code a hint of it."""
         log.error("tool %s (call %s) was not run: %s", claim.tool, claim.call_id, error)
+        self._mark_fatal(error)  # first: the answer may end the execution before this thread goes on
         hint = f"{claim.tool}() was not run: the host cannot record the call"
         self._answer(claim, _failed(claim, ErrorInfo(type="RuntimeError", message=hint)), ())
-        self._stop_for(error)
+        self._interrupt()
 
     def _not_recorded(self, claim: Claim, error: SandboxError) -> None:
         """The tool ran, and a successor could not know how it ended: so nobody is told that it did."""
         log.error("the outcome of tool %s (call %s) was not recorded: %s", claim.tool, claim.call_id, error)
+        self._mark_fatal(error)
         try:
             self._client.resolve(claim.call_id, claim.attempt, Verdict.UNKNOWN)
         except SandboxError as refused:
             log.debug("resolving %s: %s", claim.call_id, refused)
-        self._stop_for(error)
+        self._interrupt()
 
     def _call(self, claim: Claim, blobs: Sequence[Blob]) -> tuple[ToolResult, Sequence[Blob]]:
         try:
@@ -188,14 +190,17 @@ class ToolCalls:
                 log.exception("tool %s failed (call %s)", claim.tool, claim.call_id)
             return _failed(claim, public_error(error)), ()
         except BaseException as error:
-            self._stop_for(error)
+            self._mark_fatal(error)
+            self._interrupt()
             return _failed(claim, public_error(error)), ()
         return ToolResult(attempt=claim.attempt, value=encoded), encoder.blobs
 
-    def _stop_for(self, error: BaseException) -> None:
-        """A tool was told to stop, not to fail: the caller of ``execute`` gets the exception."""
+    def _mark_fatal(self, error: BaseException) -> None:
+        """The caller of ``execute`` gets this exception, however the execution ends."""
         with self._lock:
             self._fatal = self._fatal or error
+
+    def _interrupt(self) -> None:
         try:
             self._client.interrupt(self._session_id, self._execution_id)
         except SandboxError as refused:
