@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
-import gevent.socket
 
+from broker.outbox import Outbox
 from broker.protocol import frames, limits
 from broker.protocol.frames import Blob, FrameAssembler, FrameError
 
@@ -22,8 +21,6 @@ MAX_WORKER_FRAME_BYTES = limits.MAX_TOOL_CALL_BYTES
 _SMALL_READ_BYTES = 64 << 10
 #: Read in one turn of the event loop; more is left to the next turn, so that one worker starves nobody.
 _MOST_READ_BYTES = 4 << 20
-#: The kernel takes at most 1,024 pieces at once.
-_MOST_PIECES = 512
 
 
 class Channel:
@@ -48,7 +45,7 @@ class Channel:
         self._sock = sock
         self._on_frame, self._on_broken, self._on_closed = on_frame, on_broken, on_closed
         self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES)
-        self._writer: gevent.Greenlet | None = None
+        self._outbox = Outbox(sock)
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
 
@@ -57,21 +54,16 @@ class Channel:
 
         One frame at a time: the worker must have answered the one before.
         """
-        if self._writer is not None and not self._writer.dead:
+        if self._outbox.full:
             self._on_broken()  # it reported a result before it had read the whole request
             return
-        pieces = [piece for piece in frames.dump_frame(header, blobs) if len(piece)]
+        rights = () if fd is None else ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]).tobytes()),)
         try:
-            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-            sent = self._sock.sendmsg(pieces[:_MOST_PIECES], rights)
-        except BlockingIOError:
-            self._on_broken()  # full, so it never read what it has answered
-            return
+            sent = self._outbox.send(frames.dump_frame(header, blobs), rights)
         except OSError:
             return  # the end of the stream is seen by the reader
-        rest = _without(pieces, sent)
-        if rest:
-            self._writer = gevent.spawn(self._send_rest, rest)
+        if not sent:
+            self._on_broken()  # full, so it never read what it has answered
 
     def close(self) -> None:
         """Close the channel. Idempotent."""
@@ -79,15 +71,8 @@ class Channel:
             return
         self._watcher.stop()
         self._watcher.close()  # from here on it is not active
-        if self._writer is not None:
-            self._writer.kill(block=False)
+        self._outbox.close()
         self._sock.close()
-
-    def _send_rest(self, pieces: list[Blob]) -> None:
-        with contextlib.suppress(OSError):
-            while pieces:
-                gevent.socket.wait_write(self._sock.fileno())
-                pieces = _without(pieces, self._sock.sendmsg(pieces[:_MOST_PIECES]))
 
     def read_now(self) -> None:
         """Take in what has arrived."""
@@ -123,12 +108,3 @@ class Channel:
         except FrameError:
             self._watcher.stop()
             self._on_broken()
-
-
-def _without(pieces: Sequence[Blob], sent: int) -> list[Blob]:
-    """Return what is left of ``pieces`` after the first ``sent`` bytes."""
-    for i, piece in enumerate(pieces):
-        if sent < len(piece):
-            return [memoryview(piece)[sent:], *pieces[i + 1 :]]
-        sent -= len(piece)
-    return []

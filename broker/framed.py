@@ -1,34 +1,42 @@
 """The framed form of a plane: after an HTTP Upgrade, requests and replies are frames on the same connection.
 
-The same requests, bodies and errors as over HTTP, without HTTP's parsing (what that saves: decision 009). A
-request's frame has the header ``{"request": "POST /v1/...", "body": {...}}``, its reply's
-``{"status": 200, "body": {...}}``, both with the blobs that the body refers to. One request at a time; a
-request that this form does not serve is answered with 404, and HTTP serves it.
+The same requests, bodies and errors as over HTTP, without HTTP's parsing and without a greenlet for each (what that
+saves: decisions 009 and 012). A request's frame has the header ``{"request": "POST /v1/...", "body": {...}}``, its
+reply's ``{"status": 200, "body": {...}}``, both with the blobs that the body refers to. One request at a time; to one
+with ``stream=1`` there may be several replies, all but the last with ``"more": true``. A request that this form does
+not serve is answered with 404, and HTTP serves it.
+
+Everything here runs in callbacks of the event loop: nothing may wait.
 """
 
 from __future__ import annotations
 
-import select
+import functools
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 import gevent
-import gevent.socket
+from gevent.event import Event
 
 from broker import host_requests
 from broker.errors import BadRequest, BrokerError, InternalError, UnknownRoute
 from broker.live_session import LiveSession
 from broker.logs import Log
+from broker.outbox import Outbox
 from broker.protocol import limits, reading
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
-from broker.protocol.messages import ToolCallRequest
+from broker.protocol.messages import Progress, ToolCallRequest, ToolCallStatus
 from broker.query import query_number
 from broker.sessions import Sessions
+from broker.waiting import Deliver
 
 JsonObject = dict[str, Any]
 
 _READ_BYTES = 64 << 10
+_MOST_READ_BYTES = 4 << 20
+_READABLE = 1
 
 
 class Connected(Protocol):
@@ -38,8 +46,22 @@ class Connected(Protocol):
         """Tell whether the other side still holds it open."""
 
 
+#: What is answered: a message, or a body, and the blobs that it refers to.
+Answer = tuple[Progress | ToolCallStatus | JsonObject, Sequence[Blob]]
+
+
 class Request(NamedTuple):
-    """One framed request; ``argument`` is the third part of the path, such as the session's id."""
+    """One framed request.
+
+    Attributes:
+        argument: The third part of the path, such as the session's id.
+        query: What stood behind the path.
+        body: The body.
+        blobs: What it refers to.
+        size: Bytes of the whole frame.
+        connection: What it came on.
+        answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``.
+    """
 
     argument: str
     query: Mapping[str, str]
@@ -47,32 +69,32 @@ class Request(NamedTuple):
     blobs: Sequence[Blob]
     size: int
     connection: Connected
+    answer: Deliver[Answer]
 
 
-Answer = tuple[JsonObject, Sequence[Blob]]
+#: Ends a wait whose answer nobody takes any more.
+Cancel = Callable[[], None]
 #: By method, and the second and fourth part of the path.
-Routes = Mapping[tuple[str, str, str], Callable[[Request], Answer]]
+Routes = Mapping[tuple[str, str, str], Callable[[Request], Cancel | None]]
 
 
 def host_routes(sessions: Sessions) -> Routes:
     """Return what the host may ask in frames."""
 
-    def execute(request: Request) -> Answer:
-        session = sessions[request.argument]
-        still_there = request.connection.still_there
-        progress, blobs = host_requests.execute(session, request.query, request.body, request.blobs, still_there)
-        return progress.to_json(), blobs
+    def execute(request: Request) -> Cancel | None:
+        session, there = sessions[request.argument], request.connection.still_there
+        return host_requests.execute_later(session, request.query, request.body, request.blobs, there, request.answer)
 
-    def claim(request: Request) -> Answer:
-        session = sessions[request.argument]
-        progress, blobs = host_requests.claim(session, request.query, request.body, request.connection.still_there)
-        return progress.to_json(), blobs
+    def claim(request: Request) -> Cancel | None:
+        session, there = sessions[request.argument], request.connection.still_there
+        return host_requests.claim_later(session, request.query, request.body, there, request.answer)
 
-    def answer(request: Request) -> Answer:
+    def answer(request: Request) -> Cancel | None:
         _, call = host_requests.answer(
             sessions, request.argument, request.query, request.body, request.blobs, request.size
         )
-        return {"call_id": call.call_id, "state": call.state.value}, ()
+        request.answer(({"call_id": call.call_id, "state": call.state.value}, ()))
+        return None
 
     return {
         ("POST", "sessions", "executions"): execute,
@@ -84,14 +106,15 @@ def host_routes(sessions: Sessions) -> Routes:
 def guest_routes(session: LiveSession) -> Routes:
     """Return what one session's generated code may ask in frames."""
 
-    def submit(request: Request) -> Answer:
-        status, blobs = session.call_tool(ToolCallRequest.from_json(request.body), request.blobs, request.size)
-        return status.to_json(), blobs
+    def submit(request: Request) -> Cancel | None:
+        call = ToolCallRequest.from_json(request.body)
+        waiter = session.call_tool_later(call, request.blobs, request.size, request.answer)
+        return host_requests.ending(session, waiter)
 
-    def read(request: Request) -> Answer:
+    def read(request: Request) -> Cancel | None:
         call = session.core.tool_calls.get(request.argument)
-        status, blobs = session.wait_for_call(call, query_number(request.query, "wait_s", 0.0))
-        return status.to_json(), blobs
+        wait_s = query_number(request.query, "wait_s", 0.0)
+        return host_requests.ending(session, session.wait_for_call_later(call, wait_s, request.answer))
 
     return {("POST", "tool-calls", ""): submit, ("GET", "tool-calls", ""): read}
 
@@ -110,76 +133,146 @@ class FramedConnection:
     def __init__(
         self, sock: Any, connection: Connected, routes: Routes, log: Log, *, max_bytes: int = limits.MAX_FRAME_BYTES
     ) -> None:
-        self._sock, self._connection, self._routes, self._log = sock, connection, routes, log
+        # A plain socket on the same connection: gevent's own would let whoever reads wait in a greenlet.
+        self._sock = socket.socket(fileno=socket.dup(sock.fileno()))
+        self._sock.setblocking(False)
+        self._connection, self._routes, self._log = connection, routes, log
         self._frames = FrameAssembler(max_bytes)
+        self._outbox = Outbox(self._sock, on_empty=self._go_on, on_broken=self._end)
+        self._watcher = gevent.get_hub().loop.io(self._sock.fileno(), _READABLE)
+        # A request is being answered from its frame's arrival until its last reply; no other is looked at meanwhile.
+        self._answering = False
+        self._cancel: Cancel | None = None
+        self._last = False
+        self._ended = Event()
 
     def serve(self) -> None:
         """Answer requests until the other side closes, or sends what is no frame."""
+        self._watcher.start(self._readable)
         try:
-            while True:
-                try:
-                    frame = self._receive()
-                except FrameError as error:
-                    self._send(*_failed(BadRequest(f"malformed frame: {error}")))
-                    return
-                if frame is None:
-                    return
-                self._send(*self._answer(*frame))
-        except OSError:
-            return  # the other side went away
+            self._ended.wait()
+        finally:
+            self._close()
 
-    def _answer(self, header: JsonObject, blobs: Sequence[Blob]) -> tuple[int, JsonObject, Sequence[Blob]]:
+    def _readable(self) -> None:
+        if self._answering or self._outbox.full:
+            self._look_for_end()
+            return
+        try:
+            data = self._sock.recv(max(_READ_BYTES, min(self._frames.missing, _MOST_READ_BYTES)))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+            return
+        self._frames.add(data)
+        self._take_frame()
+
+    def _look_for_end(self) -> None:
+        """While a request is answered nothing is read, but a client that goes away is noticed."""
+        try:
+            gone = not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            self._end()
+        else:
+            self._watcher.stop()  # it sends ahead; that can wait
+
+    def _take_frame(self) -> None:
+        try:
+            frame = self._frames.next()
+        except FrameError as error:
+            self._last = True
+            self._send(*_failed(BadRequest(f"malformed frame: {error}")))
+            return
+        if frame is not None:
+            self._answering = True
+            self._handle(*frame)
+
+    def _handle(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         try:
             read = reading.Reader(header, "framed request")
-            method, path, query = _target(read.text("request", max_chars=2000))
-            handler = self._routes.get((method, path[2], path[4]))
-            if handler is None or path[1] != "v1":
+            route, argument, query = _target(read.text("request", max_chars=2000))
+            handler = self._routes.get(route)
+            if handler is None:
                 raise UnknownRoute("nothing is served in frames under this path")
             body = read.mapping("body", {})
-            return (200, *handler(Request(path[3], query, body, blobs, self._frames.size, self._connection)))
+            cancel = handler(Request(argument, query, body, blobs, self._frames.size, self._connection, self._answered))
+            if self._answering:
+                self._cancel = cancel
         except BrokerError as error:
-            return _failed(error)
+            self._answered(error)
         except reading.BadRequest as error:
-            return _failed(BadRequest(str(error)))
+            self._answered(BadRequest(str(error)))
         except Exception as error:
             self._log.defect("framed", error)
-            return _failed(InternalError("a defect of the broker; the sandbox's log says more"))
+            self._answered(InternalError("a defect of the broker; the sandbox's log says more"))
 
-    def _receive(self) -> tuple[JsonObject, Sequence[Blob]] | None:
-        while True:
-            frame = self._frames.next()
-            if frame is not None:
-                return frame
-            if _readable(self._sock):
-                gevent.sleep(0)  # reading would not wait: without this, one busy client would be the only one served
-            data = self._sock.recv(max(_READ_BYTES, min(self._frames.missing, 4 << 20)))
-            if not data:
-                return None
-            self._frames.add(data)
+    def _answered(self, answer: Answer | BrokerError) -> None:
+        if self._ended.is_set():
+            return
+        if isinstance(answer, BrokerError):
+            more, reply = False, _failed(answer)
+        else:
+            message, blobs = answer
+            more = isinstance(message, Progress) and message.more
+            reply = (200, message if isinstance(message, dict) else message.to_json(), blobs)
+        if not more:
+            self._answering, self._cancel = False, None
+        self._send(*reply)
 
     def _send(self, status: int, body: JsonObject, blobs: Sequence[Blob]) -> None:
-        pieces = dump_frame({"status": status, "body": body}, blobs)
-        if sum(map(len, pieces)) <= _READ_BYTES:
-            self._sock.sendall(b"".join(pieces))
+        try:
+            self._outbox.send(dump_frame({"status": status, "body": body}, blobs))
+        except OSError:
+            self._end()
             return
-        for piece in pieces:
-            self._sock.sendall(piece)
+        if not self._outbox.full:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Everything has been sent: look at the next request."""
+        if self._last:
+            self._end()
+        elif not self._answering:
+            if not self._watcher.active:
+                self._watcher.start(self._readable)
+            if self._frames.started:  # in a later turn: whoever sends many in a row is not the only one served
+                gevent.get_hub().loop.run_callback(self._take_next)
+
+    def _take_next(self) -> None:
+        if not (self._answering or self._outbox.full or self._ended.is_set()):
+            self._take_frame()
+
+    def _end(self) -> None:
+        self._watcher.stop()
+        cancel, self._cancel = self._cancel, None
+        if cancel is not None:
+            cancel()
+        self._ended.set()
+
+    def _close(self) -> None:
+        self._end()
+        self._watcher.close()
+        self._outbox.close()
+        self._sock.close()
 
 
-def _target(text: str) -> tuple[str, list[str], Mapping[str, str]]:
-    """Split ``POST /v1/sessions/x/claims?epoch=1`` into method, five parts of the path, and the query."""
+@functools.lru_cache(maxsize=256)
+def _target(text: str) -> tuple[tuple[str, str, str], str, Mapping[str, str]]:
+    """Split ``POST /v1/sessions/x/claims?epoch=1`` into the route, its argument, and the query."""
     method, _, rest = text.partition(" ")
     path, _, query = rest.partition("?")
     parts = path.split("/")
-    if len(parts) > 5:
+    if len(parts) > 5 or parts[1:2] != ["v1"]:
         raise UnknownRoute("nothing is served in frames under this path")
-    return method, parts + [""] * (5 - len(parts)), dict(parse_qsl(query)) if query else {}
-
-
-def _readable(sock: Any) -> bool:
-    poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    parts += [""] * (5 - len(parts))
+    return (method, parts[2], parts[4]), parts[3], dict(parse_qsl(query)) if query else {}
 
 
 def _failed(error: BrokerError) -> tuple[int, JsonObject, Sequence[Blob]]:

@@ -1,11 +1,15 @@
-"""A session with its waiting: the core that never waits, and the requests that wait for it."""
+"""A session with its waiting: the core that never waits, and the requests that wait for it.
+
+Every request comes in two forms. ``..._later`` is given a function that takes the answer, now or when it is there;
+the other one waits for it in the calling greenlet.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from broker.errors import SessionLost, TooManyCalls
+from broker.errors import BrokerError, SessionLost, TooManyCalls
 from broker.executions import Execution
 from broker.protocol import limits
 from broker.protocol.frames import Blob
@@ -23,12 +27,15 @@ from broker.protocol.messages import (
 )
 from broker.session import Session
 from broker.tool_calls import Clock, ToolCall
-from broker.waiting import Alarm, Bell
+from broker.waiting import Alarm, Deliver, Waiter, WaitingRoom, in_greenlet
 from broker.worker_link import WorkerLink
 
 #: A reply: the message, and the blobs that its values refer to.
 WithBlobs = tuple[Progress, list[Blob]]
 StatusWithBlobs = tuple[ToolCallStatus, Sequence[Blob]]
+
+#: What those wait for who want claims or an execution's end; the others wait for a call, by its id.
+_NEWS = ""
 
 
 class LiveSession:
@@ -53,15 +60,14 @@ class LiveSession:
         name: str | None = None,
         secret_names: Sequence[str] = (),
     ) -> None:
-        self._news = Bell()
-        self._readers: dict[str, Bell] = {}
+        self._room = WaitingRoom(clock)
         self._incoming_bytes = 0
         self.core = Session(
             session_id,
             slot,
             worker,
             clock=clock,
-            on_news=self._news.ring,
+            on_news=self._there_is_news,
             on_call_ended=self._call_ended,
             on_deadline=self._deadline_moved,
             name=name,
@@ -87,25 +93,60 @@ class LiveSession:
     def run(
         self, request: ExecuteRequest, blobs: Sequence[Blob], wanted: ClaimRequest, still_there: Callable[[], bool]
     ) -> WithBlobs:
-        """Start an execution and wait for its first tool calls or its end.
+        """Start an execution and wait for its first tool calls or its end; see ``run_later``."""
+        answer: WithBlobs = in_greenlet(
+            self._room, lambda deliver: self.run_later(request, blobs, wanted, still_there, deliver)
+        )
+        return answer
+
+    def run_later(
+        self,
+        request: ExecuteRequest,
+        blobs: Sequence[Blob],
+        wanted: ClaimRequest,
+        still_there: Callable[[], bool],
+        deliver: Deliver[WithBlobs],
+        *,
+        stream: bool = False,
+    ) -> Waiter | None:
+        """Start an execution, and deliver its first tool calls or its end.
 
         Args:
             request: The execution.
             blobs: Raw parts of its variables.
             wanted: How long to wait, and which claims to take.
             still_there: Tells whether whoever asked can still be answered; else no call is handed out.
+            deliver: Takes the answer.
+            stream: Deliver again and again, each time with new claims, until the execution's end or the end of the
+                wait; all but the last answer say ``more``.
         """
-        return self._progress(self.core.execute(request, blobs), wanted, still_there)
+        return self._progress_later(self.core.execute(request, blobs), wanted, still_there, deliver, stream=stream)
 
     def claim(self, wanted: ClaimRequest, still_there: Callable[[], bool]) -> WithBlobs:
         """Renew leases, then wait for tool calls or for the execution's end."""
+        answer: WithBlobs = in_greenlet(self._room, lambda deliver: self.claim_later(wanted, still_there, deliver))
+        return answer
+
+    def claim_later(
+        self,
+        wanted: ClaimRequest,
+        still_there: Callable[[], bool],
+        deliver: Deliver[WithBlobs],
+        *,
+        stream: bool = False,
+    ) -> Waiter | None:
+        """Renew leases, and deliver tool calls or the execution's end; see ``run_later``."""
         execution = self.core.find(wanted.execution_id)
         lost = self.core.tool_calls.renew(wanted.renew, wanted.lease_s) if wanted.renew else []
-        return self._progress(execution, wanted, still_there, tuple(lost))
+        return self._progress_later(execution, wanted, still_there, deliver, lost=tuple(lost), stream=stream)
 
     def wait_for_end(self, execution: Execution, wait_s: float) -> WithBlobs:
         """Wait for the end of an execution, claiming nothing."""
-        return self._progress(execution, ClaimRequest(limit=0, wait_s=wait_s), lambda: True)
+        wanted = ClaimRequest(limit=0, wait_s=wait_s)
+        answer: WithBlobs = in_greenlet(
+            self._room, lambda deliver: self._progress_later(execution, wanted, lambda: True, deliver)
+        )
+        return answer
 
     def interrupt(self, execution: Execution) -> WithBlobs:
         """Ask a running execution to stop; say how it stands."""
@@ -126,16 +167,36 @@ class LiveSession:
         """Queue a tool call of generated code and wait for its outcome."""
         return self.wait_for_call(self.core.submit(request, blobs, size), request.wait_s)
 
+    def call_tool_later(
+        self, request: ToolCallRequest, blobs: Sequence[Blob], size: int, deliver: Deliver[StatusWithBlobs]
+    ) -> Waiter | None:
+        """Queue a tool call of generated code, and deliver its outcome."""
+        return self.wait_for_call_later(self.core.submit(request, blobs, size), request.wait_s, deliver)
+
     def wait_for_call(self, call: ToolCall, wait_s: float) -> StatusWithBlobs:
         """Wait for the outcome of a tool call."""
-        if not call.ended and wait_s > 0:
-            bell = self._readers.setdefault(call.call_id, Bell())
-            bell.wait_until(lambda: call.ended, min(wait_s, limits.MAX_WAIT_S))
-        if call.ended:
-            self.core.tool_calls.note_read(call)
-        return ToolCallStatus(
-            call_id=call.call_id, state=call.state, value=call.value, error=call.error
-        ), call.value_blobs
+        answer: StatusWithBlobs = in_greenlet(
+            self._room, lambda deliver: self.wait_for_call_later(call, wait_s, deliver)
+        )
+        return answer
+
+    def wait_for_call_later(self, call: ToolCall, wait_s: float, deliver: Deliver[StatusWithBlobs]) -> Waiter | None:
+        """Deliver the outcome of a tool call, or how it stands when the time is up."""
+
+        def look(time_is_up: bool) -> bool:
+            if not call.ended and not time_is_up:
+                return False
+            if call.ended:
+                self.core.tool_calls.note_read(call)
+            status = ToolCallStatus(call_id=call.call_id, state=call.state, value=call.value, error=call.error)
+            deliver((status, call.value_blobs))
+            return True
+
+        return self._room.wait(call.call_id, look, min(wait_s, limits.MAX_WAIT_S))
+
+    def stop_waiting(self, waiter: Waiter) -> None:
+        """Forget a request whose connection is gone."""
+        self._room.leave(waiter)
 
     @contextlib.contextmanager
     def receiving(self, size: int) -> Iterator[None]:
@@ -155,39 +216,56 @@ class LiveSession:
     def close(self) -> None:
         """End the session; whoever waits is answered."""
         self.core.close()
+        self._room.close()
         self._alarm.close()
 
-    def _progress(
+    def _progress_later(
         self,
         execution: Execution | None,
         wanted: ClaimRequest,
         still_there: Callable[[], bool],
+        deliver: Deliver[WithBlobs],
+        *,
         lost: tuple[str, ...] = (),
-    ) -> WithBlobs:
-        queue, core = self.core.tool_calls, self.core
+        stream: bool = False,
+    ) -> Waiter | None:
+        core, queue = self.core, self.core.tool_calls
         epoch = core.epoch  # the caller's, checked a moment ago
 
-        def ready() -> bool:
+        def look(time_is_up: bool) -> bool:
             ended = core.lost is not None if execution is None else execution.result is not None
-            return ended or core.epoch != epoch or (wanted.limit > 0 and queue.claimable > 0)
+            # Where more answers can follow, the limit is for calls held at once, not for one answer.
+            room = wanted.limit - queue.held if stream else wanted.limit
+            claimable = room > 0 and queue.claimable > 0
+            if not (ended or time_is_up or claimable or core.epoch != epoch):
+                return False
+            try:
+                if execution is None and core.lost is not None:  # an execution tells it in its result
+                    raise SessionLost(core.lost)
+                if wanted.limit:
+                    core.check_epoch(epoch)
+            except BrokerError as error:
+                deliver(error)
+                return True
+            taken: list[ToolCall] = []
+            if claimable and still_there():
+                taken = queue.claim(limit=room, lease_s=wanted.lease_s, start=wanted.start)
+                self._alarm.check()
+            more = stream and bool(taken) and not (ended or time_is_up)
+            deliver(_pack(execution, taken, wanted.lease_s, lost, more=more))
+            return not more
 
-        wait_s = min(wanted.wait_s, limits.MAX_WAIT_S)
-        if wait_s > 0:
-            self._news.wait_until(ready, wait_s)
-        if execution is None and core.lost is not None:  # an execution tells it in its result
-            raise SessionLost(core.lost)
-        if wanted.limit:
-            core.check_epoch(epoch)
-        taken: list[ToolCall] = []
-        if wanted.limit and queue.claimable and still_there():
-            taken = queue.claim(limit=wanted.limit, lease_s=wanted.lease_s, start=wanted.start)
-        self._alarm.check()
-        return _pack(execution, taken, wanted.lease_s, lost)
+        waiter = self._room.wait(_NEWS, look, min(wanted.wait_s, limits.MAX_WAIT_S))
+        if wanted.renew:
+            self._alarm.check()
+        return waiter
+
+    def _there_is_news(self) -> None:
+        self._room.ring(_NEWS)
 
     def _call_ended(self, call: ToolCall) -> None:
-        bell = self._readers.pop(call.call_id, None)
-        if bell is not None:
-            bell.ring()
+        self._room.ring(call.call_id)
+        self._room.ring(_NEWS)  # who holds as many calls as it may has room for another one
 
     def _deadline_moved(self) -> None:
         self._alarm.check()
@@ -204,7 +282,9 @@ def _started(call: ToolCall) -> StartedCall:
     )
 
 
-def _pack(execution: Execution | None, taken: Sequence[ToolCall], lease_s: float, lost: tuple[str, ...]) -> WithBlobs:
+def _pack(
+    execution: Execution | None, taken: Sequence[ToolCall], lease_s: float, lost: tuple[str, ...], *, more: bool
+) -> WithBlobs:
     """Return the reply; the result's blobs come first, each claim's after them in order."""
     blobs: list[Blob] = [] if execution is None else list(execution.blobs)
     claims = []
@@ -225,7 +305,7 @@ def _pack(execution: Execution | None, taken: Sequence[ToolCall], lease_s: float
             )
         )
     if execution is None:
-        return Progress(execution_id=None, running=False, claims=tuple(claims), lost=lost), blobs
+        return Progress(execution_id=None, running=False, claims=tuple(claims), lost=lost, more=more), blobs
     return (
         Progress(
             execution_id=execution.execution_id,
@@ -233,6 +313,7 @@ def _pack(execution: Execution | None, taken: Sequence[ToolCall], lease_s: float
             result=execution.result,
             claims=tuple(claims),
             lost=lost,
+            more=more,
         ),
         blobs,
     )

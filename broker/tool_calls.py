@@ -159,6 +159,11 @@ class ToolCallQueue:
         """How many calls wait for a claim."""
         return len(self._queued)
 
+    @property
+    def held(self) -> int:
+        """How many calls somebody has claimed and not answered."""
+        return len(self._open) - len(self._queued)
+
     def get(self, call_id: str) -> ToolCall:
         """Return a call, open or recently ended.
 

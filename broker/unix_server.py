@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -216,6 +217,8 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
         """Stop listening, close every connection, and remove the socket."""
         self.stop(timeout=0)
         for sock in list(self.connections):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # what was upgraded reads on a descriptor of its own
             sock.close()
         if os.path.exists(self._path):
             os.unlink(self._path)

@@ -133,6 +133,7 @@ class Progress:
         result: Its result once it has ended.
         claims: Tool calls that are the host's to answer from now on.
         lost: Call ids of ``renew`` that are no longer the host's.
+        more: Whether another answer to the same request follows (framed form, ``stream=1``).
     """
 
     execution_id: str | None
@@ -140,15 +141,19 @@ class Progress:
     result: ExecutionResult | None = None
     claims: tuple[Claim, ...] = ()
     lost: tuple[str, ...] = ()
+    more: bool = False
 
     def to_json(self) -> JsonObject:
-        return {
+        data: JsonObject = {
             "execution_id": self.execution_id,
             "running": self.running,
             "result": None if self.result is None else self.result.to_json(),
             "claims": [claim.to_json() for claim in self.claims],
             "lost": list(self.lost),
         }
+        if self.more:
+            data["more"] = True
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> Progress:
@@ -159,6 +164,7 @@ class Progress:
             result=ExecutionResult.from_json(read.raw("result")) if read.has("result") else None,
             claims=tuple(Claim.from_json(claim) for claim in read.items("claims", [])),
             lost=tuple(read.texts("lost", [])),
+            more=read.flag("more", False),
         )
 
 
