@@ -126,6 +126,7 @@ class BrokerClient(Protocol):
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
     ) -> News:
         """Post an execution and wait for its end, or for tool calls, as ``claim`` does.
 
@@ -135,15 +136,26 @@ class BrokerClient(Protocol):
             blobs: Raw parts of the variables.
             wanted: What to wait for.
             late_s: See ``claim``.
+            on_claims: See ``claim``.
         """
 
-    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
+    def claim(
+        self,
+        session_id: str,
+        wanted: ClaimRequest,
+        *,
+        late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
+    ) -> News:
         """Claim tool calls, renew claims, and wait for a claim or the end of the execution.
 
         Args:
             session_id: The session.
             wanted: What to claim, and how long to wait.
             late_s: How many seconds later the answer may come before the broker counts as gone.
+            on_claims: Takes claims as they come, so that one request can bring all calls of an execution; then
+                ``wanted.limit`` is for those held at once. The answer itself may have claims all the same. With None
+                there is one answer.
         """
 
     def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
@@ -226,18 +238,25 @@ class HttpBrokerClient:
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
     ) -> News:
         """See ``BrokerClient.execute``."""
         path = f"/v1/sessions/{_part(session_id)}/executions?limit={wanted.limit}&wait_s={wanted.wait_s:.3f}"
         path = f"{path}&epoch={self._epoch}"
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * sum(map(len, blobs))
-        return _news(self._transport.request("POST", path, request.to_json(), blobs, timeout_s=timeout_s, framed=True))
+        return self._follow(path, request.to_json(), blobs, timeout_s, on_claims)
 
-    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
+    def claim(
+        self,
+        session_id: str,
+        wanted: ClaimRequest,
+        *,
+        late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
+    ) -> News:
         """See ``BrokerClient.claim``."""
         path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/claims")
-        timeout_s = wanted.wait_s + late_s
-        return _news(self._transport.request("POST", path, wanted.to_json(), timeout_s=timeout_s, framed=True))
+        return self._follow(path, wanted.to_json(), (), wanted.wait_s + late_s, on_claims)
 
     def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
         """See ``BrokerClient.answer``."""
@@ -260,6 +279,26 @@ class HttpBrokerClient:
     def close(self) -> None:
         """See ``BrokerClient.close``."""
         self._transport.close()
+
+    def _follow(
+        self,
+        path: str,
+        body: dict[str, Any],
+        blobs: Sequence[Blob],
+        timeout_s: float,
+        on_claims: Callable[[News], None] | None,
+    ) -> News:
+        if on_claims is None:
+            return _news(self._transport.request("POST", path, body, blobs, timeout_s=timeout_s, framed=True))
+
+        def on_more(reply: Reply) -> None:
+            on_claims(_news(reply))
+
+        return _news(
+            self._transport.request(
+                "POST", f"{path}&stream=1", body, blobs, timeout_s=timeout_s, framed=True, on_more=on_more
+            )
+        )
 
     def _of_epoch(self, path: str) -> str:
         return f"{path}?epoch={self._epoch}"

@@ -49,7 +49,8 @@ class Execution:
 
         def post() -> News:
             wanted = self._calls.wanted(wait_s=wait_s)
-            return self._client.execute(self._session_id, request, blobs, wanted, late_s=late_s)
+            take = self._taking(guard)
+            return self._client.execute(self._session_id, request, blobs, wanted, late_s=late_s, on_claims=take)
 
         return self._guarded(request.execution_id, guard, post)
 
@@ -59,11 +60,13 @@ class Execution:
         Raises:
             SandboxError: What the broker client raises.
         """
+        guard = _Guard(None)
 
         def ask() -> News:
-            return self._client.claim(self._session_id, self._calls.wanted(wait_s=POLL_S))
+            wanted = self._calls.wanted(wait_s=POLL_S)
+            return self._client.claim(self._session_id, wanted, on_claims=self._taking(guard))
 
-        return self._guarded(execution_id, _Guard(None), ask)
+        return self._guarded(execution_id, guard, ask)
 
     def _guarded(self, execution_id: str, guard: _Guard, begin: Callable[[], News]) -> News:
         try:
@@ -80,10 +83,18 @@ class Execution:
         while news.progress.running:
             self._calls.take(news)
             wait_s, late_s = guard.patience(busy=self._calls.busy)
-            news = self._client.claim(self._session_id, self._calls.wanted(wait_s=wait_s), late_s=late_s)
+            wanted = self._calls.wanted(wait_s=wait_s)
+            news = self._client.claim(self._session_id, wanted, late_s=late_s, on_claims=self._taking(guard))
         if news.progress.result is None or news.progress.execution_id != execution_id:
             raise MalformedReply("the broker ended the execution without its result")
         return news
+
+    def _taking(self, guard: _Guard) -> Callable[[News], None]:
+        def take(news: News) -> None:
+            guard.tools_run()
+            self._calls.take(news)
+
+        return take
 
     def _interrupt(self, execution_id: str) -> None:
         """Stop the execution and wait for its end, which the broker's last resort bounds."""
@@ -106,6 +117,11 @@ class _Guard:
         self._timeout_s = None if request is None else request.timeout_s
         self._started_at = time.monotonic()
 
+    def tools_run(self) -> None:
+        """Count anew where the time of tools does not count: exactly how much that was, the broker knows."""
+        if self._stands_still_for_tools:
+            self._started_at = time.monotonic()
+
     def patience(self, *, busy: bool) -> tuple[float, float]:
         """Return how long to wait, and how much later than that the answer may come, in seconds.
 
@@ -117,9 +133,9 @@ class _Guard:
         """
         left_s = math.inf
         if self._timeout_s is not None:
+            if busy:
+                self.tools_run()
             now = time.monotonic()
-            if busy and self._stands_still_for_tools:
-                self._started_at = now
             left_s = self._started_at + self._timeout_s + limits.INTERRUPT_GRACE_S + HOST_GUARD_S - now
         if left_s <= 0:
             raise SessionLost("the sandbox did not end the execution at its deadline", reason="deadline")

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 exchange on a connected socket, as far as our broker needs it; why not a library: decision 002.
+"""Requests and replies on a connected socket, HTTP/1.1 or framed; why not a library: decision 002.
 
 The reply counts as hostile: its head and its body are bounded, and the whole exchange has one deadline.
 """
@@ -6,8 +6,9 @@ The reply counts as hostile: its head and its body are bounded, and the whole ex
 from __future__ import annotations
 
 import socket
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from broker.protocol.frames import Blob, FrameAssembler
@@ -21,6 +22,9 @@ _JOIN_BYTES = 64 << 10
 _SEND_BYTES = 4 << 20
 _END_OF_HEAD = b"\r\n\r\n"
 _SWITCHING_PROTOCOLS = 101
+_TIMEVAL = struct.Struct("@ll")
+#: The kernel counts each call anew: its time-out follows the deadline in steps of this, so that most calls set none.
+_ARMED_ANEW_S = 0.05
 
 
 class BadReply(ValueError):
@@ -40,16 +44,32 @@ class ConnectionEnded(ConnectionError):
 
 
 class Exchange:
-    """Sends one request and reads its reply.
+    """Sends requests and reads their replies, one after the other.
 
     Args:
-        connection: Connected, idle.
-        timeout_s: For the whole exchange.
+        connection: Connected; its own time-out is not used from here on.
     """
 
-    def __init__(self, connection: socket.socket, *, timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket) -> None:
+        # The kernel's time-outs instead of Python's, which would poll before each call: one system call less.
+        connection.setblocking(True)
         self._connection = connection
+        self._armed_s = 0.0
+        self._deadline = 0.0
+
+    def begin(self, timeout_s: float) -> None:
+        """Begin an exchange that may take so long.
+
+        Raises:
+            TimeoutError: No time at all.
+        """
         self._deadline = time.monotonic() + timeout_s
+        if timeout_s != self._armed_s:
+            self._arm(timeout_s)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
     def send(self, method: str, path: str, content_type: str, body: Sequence[Blob]) -> None:
         """Send a request; large bodies are not copied.
@@ -62,11 +82,7 @@ class Exchange:
             f"{method} {path} HTTP/1.1\r\nHost: sandbox\r\n"
             f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n\r\n"
         ).encode("ascii")
-        if length <= _JOIN_BYTES:
-            self._arm()
-            self._connection.sendall(b"".join((head, *body)))
-        else:
-            self._send_pieces([head, *body])
+        self._send_pieces([head, *body])
 
     def receive(self, *, max_bytes: int) -> tuple[int, str, bool, memoryview]:
         """Return the reply's status, content type, whether the connection may be used again, and its body.
@@ -92,9 +108,8 @@ class Exchange:
         Raises:
             BadReply, ConnectionEnded, OSError: As for ``receive``.
         """
-        self._arm()
         request = f"GET {path} HTTP/1.1\r\nHost: sandbox\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n"
-        self._connection.sendall(request.encode("ascii"))
+        self._send_pieces([request.encode("ascii")])
         head, rest = self._head()
         status, _ = _parse_head(head)
         return status == _SWITCHING_PROTOCOLS and not rest
@@ -105,54 +120,72 @@ class Exchange:
         Raises:
             OSError: The connection broke, or ``TimeoutError``.
         """
-        if sum(map(len, pieces)) <= _JOIN_BYTES:
-            self._arm()
-            self._connection.sendall(b"".join(pieces))
-        else:
-            self._send_pieces(pieces)
+        self._send_pieces(pieces)
 
-    def receive_frame(self, *, max_bytes: int) -> tuple[dict[str, Any], list[memoryview]]:
-        """Return the next frame.
+    def receive_frames(self, *, max_bytes: int) -> Iterator[tuple[dict[str, Any], list[memoryview]]]:
+        """Yield frames as they come; the caller stops at the last one that belongs to its request.
 
         Raises:
             FrameError: Not a frame, or one of more than ``max_bytes``.
-            BadReply: More than one frame.
             ConnectionEnded: The other side closed it.
             OSError: The connection broke, or ``TimeoutError``.
         """
-        assembler = FrameAssembler(max_bytes)
+        assembler = self._assembler = FrameAssembler(max_bytes)
         while True:
-            self._arm()
-            received = self._connection.recv(max(_RECEIVE_BYTES, min(assembler.missing, 1 << 20)))
+            frame = assembler.next()
+            if frame is not None:
+                yield frame
+                continue
+            received = self._receive(max(_RECEIVE_BYTES, min(assembler.missing, 1 << 20)))
             if not received:
                 raise ConnectionEnded(clean=not assembler.started)
             assembler.add(received)
-            frame = assembler.next()
-            if frame is not None:
-                if assembler.started:
-                    raise BadReply("bytes after the reply")
-                return frame
 
-    def _arm(self) -> None:
-        left_s = self._deadline - time.monotonic()
+    def check_end(self) -> None:
+        """Check that nothing came after the last frame.
+
+        Raises:
+            BadReply: Something did.
+        """
+        if self._assembler.started:
+            raise BadReply("bytes after the reply")
+
+    def _arm(self, left_s: float) -> None:
         if left_s <= 0:
             raise TimeoutError("no answer in time")
-        self._connection.settimeout(left_s)
+        timeval = _TIMEVAL.pack(int(left_s), int(left_s % 1 * 1e6) or 1)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        self._armed_s = left_s
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            received = self._connection.recv(size)
+        except BlockingIOError:
+            raise TimeoutError("no answer in time") from None
+        if self._deadline - time.monotonic() < self._armed_s - _ARMED_ANEW_S:
+            self._arm(self._deadline - time.monotonic())
+        return received
 
     def _send_pieces(self, pieces: Sequence[Blob]) -> None:
+        if sum(map(len, pieces)) <= _JOIN_BYTES:
+            pieces = [b"".join(pieces)]
         for piece in pieces:
             view = memoryview(piece).cast("B")
             while view:
-                self._arm()
-                view = view[self._connection.send(view[:_SEND_BYTES]) :]
+                try:
+                    view = view[self._connection.send(view[:_SEND_BYTES]) :]
+                except BlockingIOError:
+                    raise TimeoutError("the request was not taken in time") from None
+                if view and self._deadline - time.monotonic() < self._armed_s - _ARMED_ANEW_S:
+                    self._arm(self._deadline - time.monotonic())
 
     def _head(self) -> tuple[bytes, bytes]:
         buffer = b""
         while _END_OF_HEAD not in buffer:
             if len(buffer) > _MAX_HEAD_BYTES:
                 raise BadReply("a head without end")
-            self._arm()
-            received = self._connection.recv(_RECEIVE_BYTES)
+            received = self._receive(_RECEIVE_BYTES)
             if not received:
                 raise ConnectionEnded(clean=not buffer)
             buffer = buffer + received if buffer else received
@@ -166,8 +199,7 @@ class Exchange:
             return memoryview(start)
         body = bytearray(start)  # grows with what arrives: an announced length is no reason to take memory
         while len(body) < length:
-            self._arm()
-            received = self._connection.recv(min(length - len(body), 1 << 20))
+            received = self._receive(min(length - len(body), 1 << 20))
             if not received:
                 raise ConnectionEnded(clean=False)
             body += received

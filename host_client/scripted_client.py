@@ -113,6 +113,7 @@ class ScriptedClient:
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
     ) -> News:
         """Take the next step; the same execution id again takes none."""
         with self._changed:
@@ -123,7 +124,14 @@ class ScriptedClient:
                 self._begin(session, request, blobs)
         return self.claim(session_id, wanted)
 
-    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = LATE_S) -> News:
+    def claim(
+        self,
+        session_id: str,
+        wanted: ClaimRequest,
+        *,
+        late_s: float = LATE_S,
+        on_claims: Callable[[News], None] | None = None,
+    ) -> News:
         """Wait for tool calls or for the end."""
         give_up_at = time.monotonic() + wanted.wait_s
         with self._changed:

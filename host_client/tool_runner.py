@@ -46,8 +46,9 @@ class ToolCalls:
 
     Each is recorded before its tool starts and before its outcome is told (``call_recorder``).
 
-    Tools run on threads; the thread that waits for the execution claims the calls and starts them. When all slots
-    are taken it can claim nothing, so the first tool thread to get free waits for further claims in its stead.
+    Tools run on threads; the thread that waits for the execution claims the calls and starts them. A broker that
+    streams claims counts the slots itself. From another one it can claim nothing while all slots are taken, so the
+    first tool thread to get free waits for further claims in its stead.
 
     Args:
         client: Where answers go.
@@ -80,10 +81,11 @@ class ToolCalls:
         self._invoke, self._threads, self._slots = invoke, threads, slots
         # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
         self._context = contextvars.copy_context()
-        # Guards the four below: a claim is in _held from the moment it is taken until its tool has ended.
+        # Guards the five below: a claim is in _held from the moment it is taken until its tool has ended.
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
         self._claiming_elsewhere = False
+        self._streamed = False
         self._ended = False
         self._fatal: BaseException | None = None
 
@@ -100,11 +102,13 @@ class ToolCalls:
     def wanted(self, *, wait_s: float) -> ClaimRequest:
         """Return the next claim request of the thread that waits for the execution."""
         with self._lock:
-            limit = 0 if self._claiming_elsewhere else self._slots - len(self._held)
+            limit = 0 if self._claiming_elsewhere else self._slots - (0 if self._streamed else len(self._held))
             return self._request(limit, wait_s)
 
     def take(self, news: News) -> None:
         """Start the claimed tools."""
+        if news.progress.more:
+            self._streamed = True
         if news.progress.lost:
             log.debug("no longer ours to answer: %s", news.progress.lost)
         for claim in news.progress.claims:
@@ -243,7 +247,7 @@ class ToolCalls:
         with self._lock:
             was_full = len(self._held) >= self._slots
             del self._held[claim.call_id]
-            if self._ended or not was_full or self._claiming_elsewhere:
+            if self._ended or self._streamed or not was_full or self._claiming_elsewhere:
                 return False
             self._claiming_elsewhere = True
             return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -58,6 +57,7 @@ class Transport(Protocol):
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
         framed: bool = False,
+        on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """Send one request and return the reply, whatever its status.
 
@@ -69,6 +69,7 @@ class Transport(Protocol):
             timeout_s: For the whole exchange, in seconds.
             max_reply_bytes: Largest body taken.
             framed: The broker serves this request in frames too, which costs less where the transport can.
+            on_more: Takes each reply that says that another one follows (``"more": true``).
 
         Raises:
             BrokerUnreachable: Nothing listens, the connection broke, or ``BrokerTimeout``.
@@ -92,7 +93,7 @@ class UnixSocketTransport:
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.
         self._lock = threading.RLock()
         # Connections that speak frames apart from those that speak HTTP.
-        self._idle: dict[bool, list[socket.socket]] = {True: [], False: []}
+        self._idle: dict[bool, list[Exchange]] = {True: [], False: []}
         self._speaks_frames = True
         self._pid = os.getpid()
         self._closed = False
@@ -107,11 +108,12 @@ class UnixSocketTransport:
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
         framed: bool = False,
+        on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
         talk: Talk
         if framed and self._speaks_frames:
-            talk = partial(_in_frames, f"{method} {path}", header or {}, blobs, max_reply_bytes)
+            talk = partial(_in_frames, f"{method} {path}", header or {}, blobs, max_reply_bytes, on_more)
         else:
             talk, framed = partial(_over_http, method, path, _body(header, blobs), max_reply_bytes), False
         try:
@@ -141,11 +143,12 @@ class UnixSocketTransport:
         for connection in (*idle[True], *idle[False]):
             connection.close()
 
-    def _open(self, framed: bool, timeout_s: float) -> socket.socket | None:
+    def _open(self, framed: bool, timeout_s: float) -> Exchange | None:
         """Return a new connection, or None where frames are asked for and the broker does not speak them."""
-        connection = unix_socket.connect(self._path, timeout_s=timeout_s)
+        connection = Exchange(unix_socket.connect(self._path, timeout_s=timeout_s))
         try:
-            if not framed or Exchange(connection, timeout_s=timeout_s).upgrade("/v1/frames", frames.FRAMED_UPGRADE):
+            connection.begin(timeout_s)
+            if not framed or connection.upgrade("/v1/frames", frames.FRAMED_UPGRADE):
                 return connection
         except BaseException:
             connection.close()
@@ -153,15 +156,16 @@ class UnixSocketTransport:
         connection.close()
         return None
 
-    def _exchange(self, connection: socket.socket, talk: Talk, timeout_s: float, *, framed: bool) -> Reply:
+    def _exchange(self, connection: Exchange, talk: Talk, timeout_s: float, *, framed: bool) -> Reply:
         reusable = False
         try:
-            reply, reusable = talk(Exchange(connection, timeout_s=timeout_s))
+            connection.begin(timeout_s)
+            reply, reusable = talk(connection)
         finally:
             self._give_back(connection, framed, reusable)
         return reply
 
-    def _take(self, framed: bool) -> socket.socket | None:
+    def _take(self, framed: bool) -> Exchange | None:
         with self._lock:
             if self._pid != os.getpid():
                 # After a fork: these connections are the parent's, who is using them.
@@ -170,7 +174,7 @@ class UnixSocketTransport:
                     connection.close()
             return self._idle[framed].pop() if self._idle[framed] else None
 
-    def _give_back(self, connection: socket.socket, framed: bool, reusable: bool) -> None:
+    def _give_back(self, connection: Exchange, framed: bool, reusable: bool) -> None:
         with self._lock:
             if reusable and not self._closed and len(self._idle[framed]) < _MAX_IDLE_CONNECTIONS:
                 self._idle[framed].append(connection)
@@ -179,12 +183,22 @@ class UnixSocketTransport:
 
 
 def _in_frames(
-    request: str, body: dict[str, Any], blobs: Sequence[Blob], max_reply_bytes: int, exchange: Exchange
+    request: str,
+    body: dict[str, Any],
+    blobs: Sequence[Blob],
+    max_reply_bytes: int,
+    on_more: Callable[[Reply], None],
+    exchange: Exchange,
 ) -> tuple[Reply, bool]:
     exchange.send_frame(frames.dump_frame({"request": request, "body": body}, blobs))
-    header, received = exchange.receive_frame(max_bytes=max_reply_bytes)
-    read = Reader(header, "framed reply")
-    return Reply(read.integer("status"), read.mapping("body"), received), True
+    for header, received in exchange.receive_frames(max_bytes=max_reply_bytes):
+        read = Reader(header, "framed reply")
+        reply = Reply(read.integer("status"), read.mapping("body"), received)
+        if reply.header.get("more") is not True:
+            exchange.check_end()
+            return reply, True
+        on_more(reply)
+    raise AssertionError("frames have no end but an error")
 
 
 def _over_http(

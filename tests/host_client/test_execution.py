@@ -56,10 +56,12 @@ class StubbornClient:
         self.waits: list[tuple[float, float]] = []
         self.interrupted = 0
 
-    def execute(self, session_id: str, request: Any, blobs: Any, wanted: ClaimRequest, *, late_s: float) -> News:
+    def execute(
+        self, session_id: str, request: Any, blobs: Any, wanted: ClaimRequest, *, late_s: float, on_claims: Any = None
+    ) -> News:
         return self.claim(session_id, wanted, late_s=late_s)
 
-    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float) -> News:
+    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float, on_claims: Any = None) -> News:
         self.waits.append((wanted.wait_s, late_s))
         self.clock.now += wanted.wait_s
         return STILL_RUNNING
@@ -94,7 +96,7 @@ def test_time_in_tools_does_not_count_where_the_request_says_so(clock: Clock) ->
     request = ExecuteRequest(execution_id="e1", code="1", timeout_s=10.0, timeout_includes_tools=False)
     original = client.claim
 
-    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float) -> News:
+    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float, on_claims: Any = None) -> News:
         calls.busy = clock.now < 1500
         return original(session_id, wanted, late_s=late_s)
 
@@ -110,7 +112,7 @@ def test_without_a_deadline_it_waits_as_long_as_the_broker_answers(clock: Clock)
     done = News(Progress(execution_id="e1", running=False, result=ExecutionResult(outcome=Outcome.OK)), ())
     original = client.claim
 
-    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float) -> News:
+    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float, on_claims: Any = None) -> News:
         return done if clock.now > 10_000 else original(session_id, wanted, late_s=late_s)
 
     client.claim = claim  # type: ignore[method-assign]
@@ -122,7 +124,7 @@ def test_an_interrupt_that_changes_nothing_is_given_up_in_time(clock: Clock) -> 
     client, calls = StubbornClient(clock), Calls()
     original = client.claim
 
-    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float) -> News:
+    def claim(session_id: str, wanted: ClaimRequest, *, late_s: float, on_claims: Any = None) -> News:
         if not client.interrupted:
             raise KeyboardInterrupt
         return original(session_id, wanted, late_s=late_s)

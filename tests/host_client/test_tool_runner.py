@@ -40,7 +40,7 @@ class Client:
         finally:
             self.answered.release()
 
-    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = 0.0) -> News:
+    def claim(self, session_id: str, wanted: ClaimRequest, *, late_s: float = 0.0, on_claims: Any = None) -> News:
         self.claims.append(wanted)
         return self.on_claim()
 
