@@ -28,7 +28,7 @@ from broker.outbox import Outbox
 from broker.protocol import limits, reading
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
 from broker.protocol.messages import Progress, ToolCallRequest, ToolCallStatus
-from broker.query import query_number
+from broker.query import TargetQuery, query_number
 from broker.sessions import Sessions
 from broker.waiting import Deliver
 
@@ -272,7 +272,7 @@ def _target(text: str) -> tuple[tuple[str, str, str], str, Mapping[str, str]]:
     if len(parts) > 5 or parts[1:2] != ["v1"]:
         raise UnknownRoute("nothing is served in frames under this path")
     parts += [""] * (5 - len(parts))
-    return (method, parts[2], parts[4]), parts[3], dict(parse_qsl(query)) if query else {}
+    return (method, parts[2], parts[4]), parts[3], TargetQuery(parse_qsl(query) if query else ())
 
 
 def _failed(error: BrokerError) -> tuple[int, JsonObject, Sequence[Blob]]:

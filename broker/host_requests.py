@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from broker.errors import BadRequest
 from broker.live_session import LiveSession, WithBlobs
 from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult
-from broker.query import query_number
+from broker.query import TargetQuery, query_number
 from broker.sessions import Sessions
 from broker.tool_calls import ToolCall
 from broker.waiting import Deliver, Waiter
@@ -20,12 +21,27 @@ JsonObject = dict[str, Any]
 Query = Mapping[str, str]
 
 
+class Wishes(NamedTuple):
+    """What the query of an execution or of a claim says.
+
+    Attributes:
+        claim: How long to wait, and which claims to take (executions only).
+        epoch: The caller's; one that names none is the session's creator.
+        stream: Whether one request may have many answers.
+    """
+
+    claim: ClaimRequest
+    epoch: int
+    stream: bool
+
+
 def execute(
     session: LiveSession, query: Query, body: JsonObject, blobs: Sequence[Blob], still_there: Callable[[], bool]
 ) -> WithBlobs:
     """Start an execution and wait for its first tool calls or its end. The body is an ExecuteRequest."""
-    wanted, request = _read_execution(session, query, body)
-    return session.run(request, blobs, wanted, still_there)
+    wishes = read_wishes(query)
+    session.core.check_epoch(wishes.epoch)  # after the body was read, which may have taken a while
+    return session.run(ExecuteRequest.from_json(body), blobs, wishes.claim, still_there)
 
 
 def execute_later(
@@ -41,8 +57,10 @@ def execute_later(
     Returns:
         What ends the wait where nobody wants its answer any more, or None where it was answered.
     """
-    wanted, request = _read_execution(session, query, body)
-    return ending(session, session.run_later(request, blobs, wanted, still_there, deliver, stream=_streams(query)))
+    wishes = read_wishes(query)
+    session.core.check_epoch(wishes.epoch)
+    request = ExecuteRequest.from_json(body)
+    return ending(session, session.run_later(request, blobs, wishes.claim, still_there, deliver, stream=wishes.stream))
 
 
 def claim(session: LiveSession, query: Query, body: JsonObject, still_there: Callable[[], bool]) -> WithBlobs:
@@ -60,9 +78,9 @@ def claim_later(
     deliver: Deliver[WithBlobs],
 ) -> Callable[[], None] | None:
     """As ``claim``, without waiting; see ``execute_later``."""
-    wanted = ClaimRequest.from_json(body)
-    check_epoch(session, query)
-    return ending(session, session.claim_later(wanted, still_there, deliver, stream=_streams(query)))
+    wanted, wishes = ClaimRequest.from_json(body), read_wishes(query)
+    session.core.check_epoch(wishes.epoch)
+    return ending(session, session.claim_later(wanted, still_there, deliver, stream=wishes.stream))
 
 
 def answer(
@@ -78,24 +96,35 @@ def answer(
 
 def check_epoch(session: LiveSession, query: Query) -> None:
     """Refuse a client that no longer holds the session; one that names no epoch is its creator."""
-    session.core.check_epoch(int(query_number(query, "epoch", 1, low=1, high=1 << 53)))
+    session.core.check_epoch(_epoch(query))
 
 
-def _read_execution(session: LiveSession, query: Query, body: JsonObject) -> tuple[ClaimRequest, ExecuteRequest]:
+def ending(session: LiveSession, waiter: Waiter | None) -> Callable[[], None] | None:
+    """Return what ends a wait where nobody wants its answer any more, or None where it is over."""
+    return None if waiter is None else partial(session.stop_waiting, waiter)
+
+
+def read_wishes(query: Query) -> Wishes:
+    """Read a query, or remember what it said.
+
+    Raises:
+        BadRequest: It makes no sense.
+    """
+    return _kept_wishes(query) if isinstance(query, TargetQuery) else _wishes(query)
+
+
+def _wishes(query: Query) -> Wishes:
     wanted = ClaimRequest(
         limit=int(query_number(query, "limit", limits.DEFAULT_CONCURRENT_TOOL_CALLS, high=10_000)),
         wait_s=query_number(query, "wait_s", 0.0),
         lease_s=query_number(query, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
         start=query_number(query, "start", 1) != 0,
     )
-    check_epoch(session, query)  # after the body was read, which may have taken a while
-    return wanted, ExecuteRequest.from_json(body)
+    return Wishes(wanted, _epoch(query), query_number(query, "stream", 0) != 0)
 
 
-def _streams(query: Query) -> bool:
-    return query_number(query, "stream", 0) != 0
+_kept_wishes = functools.lru_cache(maxsize=256)(_wishes)
 
 
-def ending(session: LiveSession, waiter: Waiter | None) -> Callable[[], None] | None:
-    """Return what ends a wait where nobody wants its answer any more, or None where it is over."""
-    return None if waiter is None else partial(session.stop_waiting, waiter)
+def _epoch(query: Query) -> int:
+    return int(query_number(query, "epoch", 1, low=1, high=1 << 53))

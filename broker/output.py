@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import struct
+import sys
 import termios
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _READ_BYTES = 64 << 10
 MAX_LEFT_OVER_PIPES = 8
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Output:
     """What was printed.
 
@@ -62,6 +62,8 @@ class OutputBuffer:
 
     def output(self) -> Output:
         """Return what is there so far; a character that the limit cut in two is left out."""
+        if not self._kept:
+            return Output(discarded_bytes=self.discarded_bytes)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return Output(decoder.decode(bytes(self._kept), final=not self.discarded_bytes), self.discarded_bytes)
 
@@ -70,13 +72,12 @@ class OutputPipe:
     """The reading end of one execution's pipe, emptied by the event loop.
 
     Args:
-        max_bytes: Bytes kept.
         on_overflow: Called once when more was thrown away than ``MAX_DISCARDED_OUTPUT_BYTES``.
         on_end: Called once when the pipe is closed.
     """
 
-    def __init__(self, max_bytes: int, on_overflow: Callable[[], None], on_end: Callable[[OutputPipe], None]) -> None:
-        self._buffer = OutputBuffer(max_bytes)
+    def __init__(self, on_overflow: Callable[[], None], on_end: Callable[[OutputPipe], None]) -> None:
+        self._buffer = OutputBuffer(0)
         self._on_overflow, self._on_end = on_overflow, on_end
         self._taken = self._overflowed = False
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
@@ -84,6 +85,10 @@ class OutputPipe:
         with contextlib.suppress(OSError):  # past the user's share of pipe memory the default must do
             fcntl.fcntl(self._read_end, 1031, PIPE_BYTES)  # F_SETPIPE_SZ has no name in Python 3.9's fcntl
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
+
+    def begin(self, max_bytes: int) -> None:
+        """Keep so many bytes of what comes; the writing end goes to the worker now."""
+        self._buffer = OutputBuffer(max_bytes)
         self._watcher.start(self._readable)
 
     @property
@@ -122,8 +127,7 @@ class OutputPipe:
     def _bytes_waiting(self) -> int:
         if self._read_end < 0:
             return 0
-        (waiting,) = struct.unpack("i", fcntl.ioctl(self._read_end, termios.FIONREAD, b"\0\0\0\0"))
-        return int(waiting)
+        return int.from_bytes(fcntl.ioctl(self._read_end, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
     def _readable(self) -> None:
         self._read(_READ_BYTES)
@@ -157,12 +161,21 @@ class OutputPipes:
     def __init__(self, on_overflow: Callable[[], None]) -> None:
         self._on_overflow = on_overflow
         self._current: OutputPipe | None = None
+        self._next: OutputPipe | None = None
         self._left_over: deque[OutputPipe] = deque()
+        self._closed = False
 
     def open(self, max_bytes: int) -> OutputPipe:
         """Return a fresh pipe for the execution that starts."""
-        self._current = OutputPipe(max_bytes, self._on_overflow, self._ended)
-        return self._current
+        pipe, self._next = self._next or OutputPipe(self._on_overflow, self._ended), None
+        self._current = pipe
+        pipe.begin(max_bytes)
+        return pipe
+
+    def prepare(self) -> None:
+        """Make the next execution's pipe, now that there is time."""
+        if self._next is None and not self._closed:
+            self._next = OutputPipe(self._on_overflow, self._ended)
 
     def take(self) -> Output:
         """Return what the execution printed."""
@@ -178,8 +191,10 @@ class OutputPipes:
 
     def close(self) -> None:
         """Close every pipe."""
-        for pipe in [*self._left_over, *([self._current] if self._current else [])]:
-            pipe.close()
+        self._closed = True
+        for pipe in [*self._left_over, self._current, self._next]:
+            if pipe is not None:
+                pipe.close()
 
     def _ended(self, pipe: OutputPipe) -> None:
         with contextlib.suppress(ValueError):

@@ -55,7 +55,7 @@ class Worker(Protocol):
         """Kill every process of the session and remove its files."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Report:
     """A worker's result frame, checked."""
 
@@ -384,12 +384,17 @@ class Session:
 
 def execute_header(request: ExecuteRequest) -> JsonObject:
     """Return the header of the worker's execute frame: the request without what only the broker needs."""
-    header = request.to_json()
-    for name in ("timeout_s", "timeout_includes_tools", "max_output_bytes"):
-        del header[name]
-    header["type"] = "execute"
-    header.setdefault("variables", {})
-    header.setdefault("drop", [])
+    header: JsonObject = {
+        "type": "execute",
+        "execution_id": request.execution_id,
+        "code": request.code,
+        "variables": request.variables,
+        "drop": list(request.drop),
+    }
+    if request.tools is not None:
+        header["tools"] = [tool.to_json() for tool in request.tools]
+    if request.output_fields is not None:
+        header["output_fields"] = [field.to_json() for field in request.output_fields]
     return header
 
 

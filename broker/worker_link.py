@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import gevent
+
 from broker.channel import Channel
 from broker.errors import SessionStartFailed
 from broker.output import Output, OutputPipes
@@ -77,6 +79,7 @@ class WorkerLink:
         pipe = self._pipes.open(max_output_bytes)
         self._channel.send(header, blobs, fd=pipe.write_end)
         pipe.close_write_end()
+        gevent.get_hub().loop.run_callback(self._pipes.prepare)  # while the worker works
 
     def interrupt(self) -> None:
         """Send SIGINT to the worker."""

@@ -54,7 +54,7 @@ class ErrorInfo:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExecuteRequest:
     """Run one piece of code.
 
@@ -116,7 +116,7 @@ class ExecuteRequest:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExecutionResult:
     """How an execution ended and what it left.
 

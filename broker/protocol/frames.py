@@ -3,7 +3,7 @@
 Layout (all integers big-endian)::
 
     4 bytes   length H of the header
-    H bytes   the header, a JSON object in UTF-8; its key "blobs" lists the blobs' lengths in bytes
+    H bytes   the header, a JSON object in UTF-8; its key "blobs" lists the blobs' lengths in bytes, if there are any
     ...       the blobs, one after the other
 
 An HTTP body with a plain JSON object (``application/json``) means the same as a frame without blobs.
@@ -38,10 +38,10 @@ def dump_frame(header: dict[str, Any], blobs: Sequence[Blob] = ()) -> list[Blob]
     """Return the pieces of a frame, to be written one after the other (the blobs are not copied).
 
     Args:
-        header: JSON object; its key ``blobs`` is set here.
+        header: JSON object; its key ``blobs`` is set here where there are any.
         blobs: Raw byte strings, in the order in which the header refers to them.
     """
-    header = {**header, "blobs": [len(blob) for blob in blobs]}
+    header = {**header, "blobs": [len(blob) for blob in blobs]} if blobs else header
     head = _ENCODER.encode(header).encode("ascii")
     return [_LENGTH.pack(len(head)) + head, *blobs]
 
@@ -71,7 +71,10 @@ def parse_json_object(data: Blob) -> dict[str, Any]:
         most = text.count("[") + text.count("{")
         if most > limits.MAX_JSON_CONTAINERS:
             raise ValueError(f"more than {limits.MAX_JSON_CONTAINERS:,} lists and objects")
-        parsed = _DECODER.decode(text)
+        # Our own frames have no white space around them, which decode() would look for twice.
+        parsed, end = _DECODER.raw_decode(text) if text[:1] == "{" else (None, -1)
+        if end != len(text):
+            parsed = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not a JSON object: {error}") from None
     if not isinstance(parsed, dict):
@@ -134,10 +137,14 @@ class FrameAssembler:
         size: Bytes of the frame that ``next`` returned last.
     """
 
+    __slots__ = ("_data", "_frame_end", "_header", "_header_end", "_lengths", "_max_bytes", "size")
+
     def __init__(self, max_bytes: int = limits.MAX_FRAME_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._data = bytearray()
+        # Bytes where they came in one piece, as nearly every frame does: no copy, no buffer.
+        self._data: bytes | bytearray = b""
         self._header: dict[str, Any] | None = None
+        self._lengths: list[int] = []
         self._header_end = self._frame_end = 0
         self.size = 0
 
@@ -153,6 +160,11 @@ class FrameAssembler:
 
     def add(self, data: Blob) -> None:
         """Take in bytes."""
+        if not self._data:
+            self._data = data if type(data) is bytes else bytearray(data)
+            return
+        if type(self._data) is bytes:
+            self._data = bytearray(self._data)
         self._data += data
 
     def next(self) -> tuple[dict[str, Any], list[memoryview]] | None:
@@ -161,34 +173,42 @@ class FrameAssembler:
         Raises:
             FrameError: These bytes are no frame, or too large a one.
         """
-        if self._header is None and not self._read_header():
+        data = self._data
+        if not data or (self._header is None and not self._read_header()):
             return None
-        if len(self._data) < self._frame_end or self._header is None:
+        end = self._frame_end
+        if len(data) < end or self._header is None:
             return None
         header, self._header = self._header, None
-        self.size = self._frame_end
-        if self._header_end == self._frame_end:
-            del self._data[: self._frame_end]
+        self.size = end
+        if len(data) == end:
+            self._data = b""
+        elif isinstance(data, bytearray) and not self._lengths:
+            del data[:end]
+        else:
+            self._data = bytearray(memoryview(data)[end:])
+        if not self._lengths:
             return header, []
-        body, self._data = self._data, bytearray(memoryview(self._data)[self._frame_end :])
-        view, start, blobs = memoryview(body), self._header_end, []
-        for length in header["blobs"]:
+        view, start, blobs = memoryview(data), self._header_end, []
+        for length in self._lengths:
             blobs.append(view[start : start + length])
             start += length
         return header, blobs
 
     def _read_header(self) -> bool:
-        if len(self._data) < _LENGTH.size:
+        data = self._data
+        if len(data) < 4:
             return False
-        (length,) = _LENGTH.unpack_from(self._data)
-        if length > min(limits.MAX_HEADER_BYTES, self._max_bytes):
+        length = int.from_bytes(data[:4], "big")
+        if length > limits.MAX_HEADER_BYTES or length > self._max_bytes:
             raise FrameError(f"header of {length} bytes exceeds the limit")
-        end = _LENGTH.size + length
-        if len(self._data) < end:
+        end = 4 + length
+        if len(data) < end:
             return False
-        header = parse_json_object(self._data[_LENGTH.size : end])
+        header = parse_json_object(data[4:end])
+        self._lengths = list(blob_lengths(header, max_bytes=self._max_bytes)) if "blobs" in header else []
         self._header_end = end
-        self._frame_end = end + sum(blob_lengths(header, max_bytes=self._max_bytes))
+        self._frame_end = end + sum(self._lengths)
         self._header = header
         return True
 

@@ -23,6 +23,8 @@ class Reader:
         where: What it is, for error messages, such as ``claim request``.
     """
 
+    __slots__ = ("_data", "_where")
+
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
             raise BadRequest(f"{where}: expected an object, got {type(data).__name__}")
@@ -42,6 +44,9 @@ class Reader:
 
     def text(self, name: str, default: Any = _MISSING, *, max_chars: int = 1 << 30) -> str:
         """Return a string field of at most ``max_chars`` characters."""
+        value = self._data.get(name, default)  # not raw(): dozens of fields are read for each execution
+        if type(value) is str and len(value) <= max_chars:
+            return value
         value = self.raw(name, default)
         if not isinstance(value, str):
             raise self._wrong(name, "a string", value)
@@ -51,10 +56,13 @@ class Reader:
 
     def optional_text(self, name: str, *, max_chars: int = 1 << 30) -> str | None:
         """Return a string field, or None where it is null or missing."""
-        return self.text(name, max_chars=max_chars) if self.has(name) else None
+        return None if self._data.get(name) is None else self.text(name, max_chars=max_chars)
 
     def integer(self, name: str, default: Any = _MISSING, *, low: int = 0, high: int = 1 << 53) -> int:
         """Return an integer field within [low, high]."""
+        value = self._data.get(name, default)
+        if type(value) is int and low <= value <= high:
+            return value
         value = self.raw(name, default)
         if type(value) is not int:
             raise self._wrong(name, "an integer", value)
@@ -62,6 +70,9 @@ class Reader:
 
     def number(self, name: str, default: Any = _MISSING, *, low: float = 0.0, high: float = 1e9) -> float:
         """Return a number field within [low, high] as a float."""
+        value = self._data.get(name, default)
+        if type(value) is float and low <= value <= high:
+            return value
         value = self.raw(name, default)
         if type(value) not in (int, float):
             raise self._wrong(name, "a number", value)
@@ -69,10 +80,13 @@ class Reader:
 
     def optional_number(self, name: str, *, low: float = 0.0, high: float = 1e9) -> float | None:
         """Return a number field, or None where it is null or missing."""
-        return self.number(name, low=low, high=high) if self.has(name) else None
+        return None if self._data.get(name) is None else self.number(name, low=low, high=high)
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
         """Return a boolean field."""
+        value = self._data.get(name, default)
+        if value is True or value is False:
+            return value
         value = self.raw(name, default)
         if type(value) is not bool:
             raise self._wrong(name, "true or false", value)
@@ -80,6 +94,9 @@ class Reader:
 
     def items(self, name: str, default: Any = _MISSING) -> list[Any]:
         """Return a list field."""
+        value = self._data.get(name, default)
+        if type(value) is list:
+            return value
         value = self.raw(name, default)
         if not isinstance(value, list):
             raise self._wrong(name, "a list", value)
@@ -95,6 +112,9 @@ class Reader:
 
     def mapping(self, name: str, default: Any = _MISSING) -> dict[str, Any]:
         """Return an object field."""
+        value = self._data.get(name, default)
+        if type(value) is dict:
+            return value
         value = self.raw(name, default)
         if not isinstance(value, dict):
             raise self._wrong(name, "an object", value)

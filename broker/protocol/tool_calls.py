@@ -24,7 +24,7 @@ class CallState(str, enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Claim:
     """A tool call that the host has taken.
 
@@ -79,7 +79,7 @@ class Claim:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ClaimRequest:
     """Ask for tool calls, and for news of an execution.
 
@@ -123,7 +123,7 @@ class ClaimRequest:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Progress:
     """The reply to posting an execution and to asking for claims.
 
@@ -168,7 +168,7 @@ class Progress:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ToolResult:
     """The host's answer to a claim: a value, or an error (then ``value`` is ignored)."""
 
@@ -193,7 +193,7 @@ class ToolResult:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ToolCallRequest:
     """Guest plane: generated code calls a tool.
 
@@ -236,7 +236,7 @@ class ToolCallRequest:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ToolCallStatus:
     """Guest plane: where a tool call stands; ``value`` is set in ``done``, ``error`` in the other terminal states."""
 

@@ -5,6 +5,7 @@ import __future__
 
 import ast
 import collections
+import contextlib
 import dataclasses
 import gc
 import inspect
@@ -28,6 +29,8 @@ _TOKEN = re.compile(
     r'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|\w+|[^\w\s]',
     re.DOTALL,
 )
+#: One line without a statement's signs; then there is no need for a syntax tree to find the last expression.
+_LOOKS_LIKE_EXPRESSION = re.compile(r"\w[^\n\r\f;#=:\\]*", re.ASCII).fullmatch
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
@@ -83,6 +86,9 @@ def _refuse_giant(source: str) -> None:
 
 def _compile(source: str, filename: str) -> Cell:
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    if _LOOKS_LIKE_EXPRESSION(source):
+        with contextlib.suppress(SyntaxError):  # the long way finds the right words for it
+            return Cell(None, compile(source, filename, "eval", flags, dont_inherit=True))
     tree = _parse(source, filename, flags)
     statements = tree.body
     if not statements:

@@ -65,6 +65,10 @@ class Worker:
                 self._channel.send({"type": "ready", "pid": os.getpid()})
                 continue
             self._send(header["execution_id"], self._execute(header, blobs, fd))
+            # After the result, which nobody shall wait for longer than needed: what is printed from here on is thrown
+            # away by the broker until these lead into nothing.
+            self._capture.end()
+            self._calls.cut_waits()
 
     def _execute(self, header: dict[str, Any], blobs: Sequence[Blob], fd: int | None) -> Ending:
         execution = Execution(header["execution_id"])
@@ -78,8 +82,7 @@ class Worker:
         if self._current.in_child:
             self._end_child(ending)
         self._current.execution = None  # threads that are left are stale now
-        self._calls.cut_waits()
-        self._capture.end()
+        self._capture.flush()
         return ending
 
     def _rebind(self, header: dict[str, Any]) -> None:

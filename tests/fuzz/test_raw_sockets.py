@@ -167,7 +167,7 @@ def _framed_statuses(answer: bytes) -> list[int]:
         (length,) = struct.unpack_from(">I", answer)
         header = json.loads(answer[4 : 4 + length])
         statuses.append(header["status"])
-        answer = answer[4 + length + sum(header["blobs"]) :]
+        answer = answer[4 + length + sum(header.get("blobs", [])) :]
     return statuses
 
 
