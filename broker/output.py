@@ -87,9 +87,11 @@ class OutputPipe:
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
 
     def begin(self, max_bytes: int) -> None:
-        """Keep so many bytes of what comes; the writing end goes to the worker now."""
+        """Keep so many bytes of what comes from now on."""
         self._buffer = OutputBuffer(max_bytes)
-        self._watcher.start(self._readable)
+        self._taken = self._overflowed = False
+        if not self._watcher.active:
+            self._watcher.start(self._readable)
 
     @property
     def closed(self) -> bool:
@@ -162,6 +164,7 @@ class OutputPipes:
         self._on_overflow = on_overflow
         self._current: OutputPipe | None = None
         self._next: OutputPipe | None = None
+        self._kept: OutputPipe | None = None
         self._left_over: deque[OutputPipe] = deque()
         self._closed = False
 
@@ -172,18 +175,33 @@ class OutputPipes:
         pipe.begin(max_bytes)
         return pipe
 
+    def reopen(self, max_bytes: int) -> bool:
+        """Let the next execution print into the pipe of the last one, if that was kept; tell whether it was."""
+        pipe, self._kept = self._kept, None
+        if pipe is None or pipe.closed:
+            return False
+        self._current = pipe
+        pipe.begin(max_bytes)
+        return True
+
     def prepare(self) -> None:
         """Make the next execution's pipe, now that there is time."""
         if self._next is None and not self._closed:
             self._next = OutputPipe(self._on_overflow, self._ended)
 
-    def take(self) -> Output:
-        """Return what the execution printed."""
+    def take(self, *, keep: bool = False) -> Output:
+        """Return what the execution printed.
+
+        Args:
+            keep: Nobody but the worker holds the pipe, and it may be used again.
+        """
         pipe, self._current = self._current, None
         if pipe is None:
             return Output()
         output = pipe.take()
-        if not pipe.closed:
+        if keep:
+            self._kept = pipe
+        elif not pipe.closed:
             self._left_over.append(pipe)
         if len(self._left_over) > MAX_LEFT_OVER_PIPES:
             self._left_over[0].close()
@@ -192,7 +210,7 @@ class OutputPipes:
     def close(self) -> None:
         """Close every pipe."""
         self._closed = True
-        for pipe in [*self._left_over, self._current, self._next]:
+        for pipe in [*self._left_over, self._current, self._next, self._kept]:
             if pipe is not None:
                 pipe.close()
 

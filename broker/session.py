@@ -48,8 +48,12 @@ class Worker(Protocol):
     def interrupt(self) -> None:
         """Send SIGINT; ``Session.interrupt_delivered`` is called once it was sent."""
 
-    def take_output(self) -> Output:
-        """Return what the execution printed, up to now; what comes later is thrown away."""
+    def take_output(self, *, keep: bool) -> Output:
+        """Return what the execution printed, up to now; what comes later is thrown away.
+
+        Args:
+            keep: The next execution shall print into the same pipe, which nobody else holds.
+        """
 
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""
@@ -64,6 +68,7 @@ class _Report:
     display: str | None
     error: ErrorInfo | None
     blobs: Sequence[Blob]
+    keeps_pipe: bool
 
 
 class Session:
@@ -346,7 +351,7 @@ class Session:
     def _end(
         self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
     ) -> None:
-        output = self._worker.take_output()
+        output = self._worker.take_output(keep=report is not None and report.keeps_pipe)
         result = ExecutionResult(
             outcome=outcome,
             output=output.text,
@@ -403,4 +408,4 @@ def _read_report(header: JsonObject, blobs: Sequence[Blob]) -> _Report:
     if result.outcome not in _REPORTABLE:
         raise reading.BadRequest(f"a worker cannot report {result.outcome.value}")
     display = result.display if result.display is None else result.display[: limits.MAX_DISPLAY_CHARS]
-    return _Report(result.outcome, result.value, display, result.error, blobs)
+    return _Report(result.outcome, result.value, display, result.error, blobs, header.get("pipe") == "kept")

@@ -74,10 +74,13 @@ class WorkerLink:
             session.exited(self._failure)
 
     def execute(self, header: JsonObject, blobs: Sequence[Blob], *, max_output_bytes: int) -> None:
-        """Send an execute frame with a fresh output pipe."""
+        """Send an execute frame, with a fresh output pipe unless the one before is still the worker's alone."""
         assert self._channel is not None
+        if self._pipes.reopen(max_output_bytes):
+            self._channel.send({**header, "pipe": "kept"}, blobs)
+            return
         pipe = self._pipes.open(max_output_bytes)
-        self._channel.send(header, blobs, fd=pipe.write_end)
+        self._channel.send({**header, "pipe": "new"}, blobs, fd=pipe.write_end)
         pipe.close_write_end()
         gevent.get_hub().loop.run_callback(self._pipes.prepare)  # while the worker works
 
@@ -85,9 +88,9 @@ class WorkerLink:
         """Send SIGINT to the worker."""
         self._spawner.interrupt(self._slot, self._interrupted)
 
-    def take_output(self) -> Output:
+    def take_output(self, *, keep: bool) -> Output:
         """Return what the execution printed, up to now."""
-        return self._pipes.take()
+        return self._pipes.take(keep=keep)
 
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""

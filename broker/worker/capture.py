@@ -1,12 +1,14 @@
 """Descriptors 1 and 2, and the text streams on them.
 
-Both descriptors lead into the running execution's pipe, and to /dev/null between executions. ``sys.stdout`` and
+Both descriptors lead into the running execution's pipe, and to /dev/null between executions, unless nobody but this
+process can hold the pipe: then the next execution uses it again. ``sys.stdout`` and
 ``sys.stderr`` share one buffer, so that their order is the order of the prints; it is written at each line's end, as
 to a terminal: a crash loses nothing, and what a subprocess prints comes where one expects it.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import io
 import os
@@ -16,6 +18,10 @@ from typing import Any
 from broker.worker.current import Current
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
+#: Audit events. Behind ctypes is everything else that starts a process.
+_STARTS_PROCESSES = frozenset(
+    {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen", "ctypes.dlopen", "ctypes.dlsym"}
+)
 _buffered_write = io.BufferedWriter.write
 
 
@@ -68,10 +74,18 @@ class Capture:
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._stdin = sys.stdin
         self._build()
+        # Whether a process was started since ``begin`` that may hold the pipe, and may print when it wants.
+        self._shared = True
+        self._pipe: tuple[int, int] | None = None
+        sys.addaudithook(self._watch)
         self.end()
 
-    def begin(self, fd: int | None) -> None:
-        """Lead output into ``fd``, which is closed here."""
+    def begin(self, fd: int | None, *, kept: bool = False) -> None:
+        """Lead output into ``fd``, which is closed here, or into the pipe that was ``kept``."""
+        if kept:
+            self._shared = False
+            self._restore()
+            return
         fd = os.dup(self._null) if fd is None else fd
         os.dup2(fd, _STDOUT)
         os.dup2(fd, _STDERR)
@@ -81,7 +95,17 @@ class Capture:
             os.close(fd)
         if fd == _STDIN:  # so that one had been closed
             os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)
+        self._pipe = _identity(_STDOUT)
+        self._shared = False
         self._restore()
+
+    def can_be_kept(self) -> bool:
+        """Tell whether nobody else holds the pipe: no process was started, no thread is left, nothing was redirected.
+
+        Code that forks without Python's knowledge is not noticed: what such a process prints later may come out in
+        a later execution of its own session.
+        """
+        return not self._shared and not _thread._count() and _identity(_STDOUT) == self._pipe == _identity(_STDERR)
 
     def end(self) -> None:
         """Write out what the streams hold, let go of the pipe, and put back streams that were replaced."""
@@ -108,6 +132,10 @@ class Capture:
             return False
         return True
 
+    def _watch(self, event: str, _: object) -> None:
+        if event in _STARTS_PROCESSES:
+            self._shared = True
+
     def _build(self) -> None:
         self._buffer = _Buffer(self._current)
         self._stdout, self._stderr = _Stream(self._buffer, _STDOUT), _Stream(self._buffer, _STDERR)
@@ -124,3 +152,11 @@ class Capture:
         if stdin is None or stdin.closed:
             stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
         sys.stdin = sys.__stdin__ = self._stdin = stdin  # type: ignore[misc]
+
+
+def _identity(fd: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(fd)
+    except OSError:  # generated code closed it
+        return None
+    return found.st_dev, found.st_ino

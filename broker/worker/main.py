@@ -45,6 +45,7 @@ class Worker:
         self._submit = Submit(self._current, self._cut_off)
         self._proxies = Proxies(self._calls)
         self._threads = ThreadTags(self._current)
+        self._keeps_pipe = False
         self._repl = Repl()
         self._look_like_a_script()
         self._bind()
@@ -65,16 +66,17 @@ class Worker:
                 self._channel.send({"type": "ready", "pid": os.getpid()})
                 continue
             self._send(header["execution_id"], self._execute(header, blobs, fd))
-            # After the result, which nobody shall wait for longer than needed: what is printed from here on is thrown
-            # away by the broker until these lead into nothing.
-            self._capture.end()
             self._calls.cut_waits()
+            if not self._keeps_pipe:
+                # After the result, which nobody shall wait for longer than needed: what is printed meanwhile is thrown
+                # away by the broker.
+                self._capture.end()
 
     def _execute(self, header: dict[str, Any], blobs: Sequence[Blob], fd: int | None) -> Ending:
         execution = Execution(header["execution_id"])
         self._interrupts.restore()
         self._current.execution = execution  # from here on SIGINT counts
-        self._capture.begin(fd)
+        self._capture.begin(fd, kept=header.get("pipe") == "kept")
         self._threads.adopt_pools()
         self._repl.drop(header.get("drop", ()))
         self._rebind(header)
@@ -82,7 +84,7 @@ class Worker:
         if self._current.in_child:
             self._end_child(ending)
         self._current.execution = None  # threads that are left are stale now
-        self._capture.flush()
+        self._keeps_pipe = self._capture.flush() and "pipe" in header and self._capture.can_be_kept()
         return ending
 
     def _rebind(self, header: dict[str, Any]) -> None:
@@ -105,6 +107,8 @@ class Worker:
             "display": ending.display,
             "error": None if ending.error is None else ending.error.to_json(),
         }
+        if self._keeps_pipe:
+            header["pipe"] = "kept"
         try:
             self._channel.send(header, ending.blobs)
         except FrameTooLarge:  # a giant value: its text will do

@@ -46,7 +46,7 @@ class NoWorker:
     def interrupt(self) -> None:
         pass
 
-    def take_output(self) -> Output:
+    def take_output(self, *, keep: bool) -> Output:
         return Output("", 0)
 
     def kill(self) -> None:
