@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
@@ -316,12 +317,19 @@ def _session(data: Any) -> SessionInfo:
 
 
 def _news(reply: Reply) -> News:
-    progress = _read(lambda: Progress.from_json(_checked(reply).header))
-    if any(not 0 <= first <= end <= len(reply.blobs) for first, end in (c.blob_range for c in progress.claims)):
+    _checked(reply)
+    try:
+        progress = Progress.from_json(reply.header)
+    except BadRequest as error:
+        raise _malformed(error) from None
+    if progress.claims and any(
+        not 0 <= first <= end <= len(reply.blobs) for first, end in (c.blob_range for c in progress.claims)
+    ):
         raise MalformedReply("a claim refers to blobs that did not come with it")
     return News(progress, reply.blobs)
 
 
+@functools.lru_cache(maxsize=256)
 def _part(text: str) -> str:
     """Return an id of the broker's making as one part of a path."""
     return quote(text, safe="")
@@ -331,7 +339,11 @@ def _read(read: Callable[[], Answer]) -> Answer:
     try:
         return read()
     except BadRequest as error:
-        raise MalformedReply(f"the broker's answer is malformed: {error}") from None
+        raise _malformed(error) from None
+
+
+def _malformed(error: BadRequest) -> MalformedReply:
+    return MalformedReply(f"the broker's answer is malformed: {error}")
 
 
 def _checked(reply: Reply) -> Reply:

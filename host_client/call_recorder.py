@@ -60,14 +60,14 @@ class CallRecorder:
         )
         if not idempotent:
             self._journal.intend(self._holder, record)
-        return RunningRecord(self, record, durable=not idempotent)
+        return RunningRecord(self, record)
 
-    def conclude(self, record: CallRecord, result: ToolResult, blobs: Sequence[Blob], *, durable: bool) -> None:
+    def conclude(self, record: CallRecord, result: ToolResult, blobs: Sequence[Blob]) -> None:
         """Note how a tool ended; see ``RunningRecord.conclude``."""
         # Masked it would be another result: a successor that needs it resolves the call as unknown instead.
         outcome = None if self._masker.is_in(result, blobs) else pack(result, blobs)
         try:
-            self._journal.conclude(dataclasses.replace(record, outcome=outcome), durable=durable)
+            self._journal.conclude(dataclasses.replace(record, outcome=outcome))
         finally:
             if self._closed:
                 self._journal.close()
@@ -84,8 +84,8 @@ class CallRecorder:
 class RunningRecord:
     """The record of a tool that runs."""
 
-    def __init__(self, recorder: CallRecorder, record: CallRecord, *, durable: bool) -> None:
-        self._recorder, self._record, self._durable = recorder, record, durable
+    def __init__(self, recorder: CallRecorder, record: CallRecord) -> None:
+        self._recorder, self._record = recorder, record
         self._started_at = recorder.now_s()
 
     def conclude(self, result: ToolResult, blobs: Sequence[Blob]) -> None:
@@ -99,7 +99,7 @@ class RunningRecord:
             state=DONE if result.error is None else FAILED,
             duration_s=self._recorder.now_s() - self._started_at,
         )
-        self._recorder.conclude(ended, result, blobs, durable=self._durable)
+        self._recorder.conclude(ended, result, blobs)
 
     def delivered(self) -> None:
         """Note that the broker has it."""

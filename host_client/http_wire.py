@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol.frames import Blob, FrameAssembler
@@ -56,6 +56,7 @@ class Exchange:
         self._connection = connection
         self._armed_s = 0.0
         self._deadline = 0.0
+        self._frames = FrameAssembler()
 
     def begin(self, timeout_s: float) -> None:
         """Begin an exchange that may take so long.
@@ -122,24 +123,22 @@ class Exchange:
         """
         self._send_pieces(pieces)
 
-    def receive_frames(self, *, max_bytes: int) -> Iterator[tuple[dict[str, Any], list[memoryview]]]:
-        """Yield frames as they come; the caller stops at the last one that belongs to its request.
+    def receive_frame(self, *, max_bytes: int) -> tuple[dict[str, Any], list[memoryview]]:
+        """Return the next frame.
 
         Raises:
             FrameError: Not a frame, or one of more than ``max_bytes``.
             ConnectionEnded: The other side closed it.
             OSError: The connection broke, or ``TimeoutError``.
         """
-        assembler = self._assembler = FrameAssembler(max_bytes)
-        while True:
-            frame = assembler.next()
-            if frame is not None:
-                yield frame
-                continue
+        assembler = self._frames
+        assembler.max_bytes = max_bytes
+        while (frame := assembler.next()) is None:
             received = self._receive(max(_RECEIVE_BYTES, min(assembler.missing, 1 << 20)))
             if not received:
                 raise ConnectionEnded(clean=not assembler.started)
             assembler.add(received)
+        return frame
 
     def check_end(self) -> None:
         """Check that nothing came after the last frame.
@@ -147,7 +146,7 @@ class Exchange:
         Raises:
             BadReply: Something did.
         """
-        if self._assembler.started:
+        if self._frames.started:
             raise BadReply("bytes after the reply")
 
     def _arm(self, left_s: float) -> None:

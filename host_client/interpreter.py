@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from broker.protocol import limits
@@ -15,7 +14,7 @@ from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, O
 from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
 from host_client import checks
 from host_client.broker_client import News
-from host_client.dspy_compat import contract, observed
+from host_client.dspy_compat import DspyContract, contract, observed
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions
@@ -105,8 +104,7 @@ class SandboxInterpreter:
         self._idempotent, self._given_journal = tuple(idempotent), journal
         self._dspy = contract()
         self._table = ToolTable(idempotent)
-        # Held while an execution runs, and never waited for: a second one is refused.
-        self._executing = threading.Lock()
+        self._alone = _Alone(self._dspy)
         # Held while a session is opened; whoever comes second finds it open.
         self._starting = threading.Lock()
         # Guards the four below, for moments only: _session is open, or None before start and after the end.
@@ -212,7 +210,7 @@ class SandboxInterpreter:
             BadSetting: A tool, variable or output field that cannot work; nothing ran.
             SessionBusy: An execution is running already, in another thread or around this tool.
         """
-        with self._alone():
+        with self._alone:
             return self._execute(code, variables)
 
     __call__ = execute
@@ -230,7 +228,7 @@ class SandboxInterpreter:
         Raises:
             As ``execute``.
         """
-        with self._alone():
+        with self._alone:
             self._table.refresh(self._tools)
             record = self._resume(self._open())
             return None if record is None else self._deliver(record)
@@ -418,24 +416,6 @@ class SandboxInterpreter:
             provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name, secrets=secrets
         )
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold off every other execution of this interpreter; let errors leave as DSPy expects them."""
-        if not self._executing.acquire(blocking=False):
-            raise self._dspy.terminal(
-                SessionBusy(
-                    "this interpreter is executing already",
-                    status=409,
-                    help="use another interpreter for code that runs inside a tool or in another thread",
-                )
-            )
-        try:
-            yield
-        except (SandboxError, ValueNotSendable) as error:
-            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
-        finally:
-            self._executing.release()
-
     def _check_usable(self) -> None:
         with self._state:
             if self._lost is not None:
@@ -455,6 +435,32 @@ class SandboxInterpreter:
         with self._state:
             if self._session is session:
                 self._session, self._lost = None, lost
+
+
+class _Alone:
+    """Holds off every other execution of an interpreter, and lets errors leave as DSPy expects them."""
+
+    __slots__ = ("_dspy", "_executing")
+
+    def __init__(self, dspy: DspyContract) -> None:
+        self._dspy = dspy
+        # Held while an execution runs, and never waited for: a second one is refused.
+        self._executing = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._executing.acquire(blocking=False):
+            raise self._dspy.terminal(
+                SessionBusy(
+                    "this interpreter is executing already",
+                    status=409,
+                    help="use another interpreter for code that runs inside a tool or in another thread",
+                )
+            )
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._executing.release()
+        if isinstance(error, (SandboxError, ValueNotSendable)):
+            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
 
 
 def _as_ours(error: SandboxError | ValueNotSendable) -> SandboxError:

@@ -137,12 +137,14 @@ class Journal(Protocol):
             CallGone: This call has started before, and nobody has said that it may start again.
         """
 
-    def conclude(self, call: CallRecord, *, durable: bool) -> None:
+    def conclude(self, call: CallRecord) -> None:
         """Record how a tool ended, before anybody else is told.
+
+        It outlasts the process at once, and the machine from the next flush on: a session that could still want it
+        ends together with its machine. After a crash of a machine whose sandboxes are elsewhere, the call has started.
 
         Args:
             call: With state, duration and outcome.
-            durable: Whether it must outlast the machine, not only the process.
         """
 
     def delivered(self, call: CallKey) -> None:
@@ -199,11 +201,12 @@ class SqliteJournal:
         self._lock = threading.Lock()
         self._waiting: list[_Ticket] = []
         self._done_with: list[CallKey] = []
-        # Held by the one thread that uses the connection. Guards _connection, _pid and _commits.
+        # Held by the one thread that uses the connection. Guards _connection, _pid, _commits and _flushes.
         self._writing = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._commits = 0
+        self._flushes = True
         with self._writing, self._explained():
             self._open()
             self._prune()
@@ -241,11 +244,11 @@ class SqliteJournal:
 
         self._write(write, durable=True)
 
-    def conclude(self, call: CallRecord, *, durable: bool) -> None:
+    def conclude(self, call: CallRecord) -> None:
         """See ``Journal.conclude``."""
         if call.outcome is not None and len(call.outcome) > MAX_OUTCOME_BYTES:
             call = dataclasses.replace(call, outcome=None)
-        self._write(lambda db: self._insert(db, call), durable=durable)
+        self._write(lambda db: self._insert(db, call), durable=False)
 
     def delivered(self, call: CallKey) -> None:
         """See ``Journal.delivered``: written together with the next change, at the latest by ``close``."""
@@ -305,8 +308,7 @@ class SqliteJournal:
         try:
             with self._explained():
                 db = self._open()
-                durable = any(ticket.change.durable for ticket in batch)
-                db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+                self._flush_commits(db, any(ticket.change.durable for ticket in batch))
                 with _transaction(db):
                     for ticket in batch:
                         try:
@@ -330,6 +332,12 @@ class SqliteJournal:
         finally:
             for ticket in batch:
                 ticket.settled = True
+
+    def _flush_commits(self, db: sqlite3.Connection, durable: bool) -> None:
+        """Choose whether the next commit reaches the disk, or the file only."""
+        if durable != self._flushes:
+            db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            self._flushes = durable
 
     def _insert(self, db: sqlite3.Connection, call: CallRecord) -> None:
         db.execute(
@@ -376,7 +384,7 @@ class SqliteJournal:
         except BaseException:
             db.close()
             raise
-        self._connection, self._pid = db, os.getpid()
+        self._connection, self._pid, self._flushes = db, os.getpid(), True
         return db
 
     @contextlib.contextmanager

@@ -191,14 +191,14 @@ def _in_frames(
     exchange: Exchange,
 ) -> tuple[Reply, bool]:
     exchange.send_frame(frames.dump_frame({"request": request, "body": body}, blobs))
-    for header, received in exchange.receive_frames(max_bytes=max_reply_bytes):
+    while True:
+        header, received = exchange.receive_frame(max_bytes=max_reply_bytes)
         read = Reader(header, "framed reply")
         reply = Reply(read.integer("status"), read.mapping("body"), received)
         if reply.header.get("more") is not True:
             exchange.check_end()
             return reply, True
         on_more(reply)
-    raise AssertionError("frames have no end but an error")
 
 
 def _over_http(

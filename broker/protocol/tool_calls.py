@@ -148,7 +148,7 @@ class Progress:
             "execution_id": self.execution_id,
             "running": self.running,
             "result": None if self.result is None else self.result.to_json(),
-            "claims": [claim.to_json() for claim in self.claims],
+            "claims": [claim.to_json() for claim in self.claims] if self.claims else [],
             "lost": list(self.lost),
         }
         if self.more:
@@ -162,7 +162,7 @@ class Progress:
             execution_id=read.optional_text("execution_id"),
             running=read.flag("running"),
             result=ExecutionResult.from_json(read.raw("result")) if read.has("result") else None,
-            claims=tuple(Claim.from_json(claim) for claim in read.items("claims", [])),
+            claims=tuple(map(Claim.from_json, read.items("claims", []))),
             lost=tuple(read.texts("lost", [])),
             more=read.flag("more", False),
         )

@@ -40,7 +40,12 @@ class StrikingTransport(UnixSocketTransport):
         self._strike = strike
 
     def request(self, *args: Any, **keywords: Any) -> Reply:
-        reply = super().request(*args, **keywords)
+        on_more = keywords.pop("on_more", None)
+        if on_more is not None:
+            keywords["on_more"] = lambda reply: on_more(self._struck(reply))
+        return self._struck(super().request(*args, **keywords))
+
+    def _struck(self, reply: Reply) -> Reply:
         if reply.header.get("claims"):
             self._strike(Step.CLAIM_UNREAD)
         return reply
@@ -70,9 +75,9 @@ class StrikingJournal(SqliteJournal):
         super().intend(holder, call)
         self._strike(Step.INTENDED)
 
-    def conclude(self, call: CallRecord, *, durable: bool) -> None:
+    def conclude(self, call: CallRecord) -> None:
         self._strike(Step.RAN)
-        super().conclude(call, durable=durable)
+        super().conclude(call)
         self._strike(Step.RECORDED)
 
     def delivered(self, call: CallKey) -> None:

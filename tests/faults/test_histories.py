@@ -64,9 +64,9 @@ class FailingJournal(SqliteJournal):
         self._check()
         super().intend(holder, call)
 
-    def conclude(self, call: CallRecord, *, durable: bool) -> None:
+    def conclude(self, call: CallRecord) -> None:
         self._check()
-        super().conclude(call, durable=durable)
+        super().conclude(call)
         self.held.add((call.call_id, call.attempt))
 
     def _check(self) -> None:

@@ -61,7 +61,7 @@ def later(epoch: int) -> Holder:
 
 def test_an_outcome_outlasts_the_process_that_wrote_it(kept: SqliteJournal, path: Path, clock: FakeClock) -> None:
     kept.intend(HOLDER, record())
-    kept.conclude(record(state="done", outcome=b"result", duration_s=0.5), durable=True)
+    kept.conclude(record(state="done", outcome=b"result", duration_s=0.5))
     found = SqliteJournal(path, clock=clock).find(CallKey("b", "c", 1))
     assert found is not None
     assert (found.state, found.outcome, found.delivered) == ("done", b"result", False)
@@ -77,7 +77,7 @@ def test_a_replaced_holder_cannot_record_an_intent(kept: SqliteJournal) -> None:
 @pytest.mark.parametrize("state", ["started", "done", "failed", "unknown"])
 def test_a_call_that_started_cannot_start_again(kept: SqliteJournal, state: str) -> None:
     kept.intend(HOLDER, record())
-    kept.conclude(record(state=state), durable=True)
+    kept.conclude(record(state=state))
     for attempt in (1, 2):
         with pytest.raises(CallGone):
             kept.intend(HOLDER, record(attempt=attempt))
@@ -93,7 +93,7 @@ def test_ids_of_one_sandbox_touch_no_other(kept: SqliteJournal) -> None:
     kept.intend(HOLDER, record())
     other = dataclasses.replace(HOLDER, sandbox_id="other")
     kept.intend(other, record(sandbox_id="other"))
-    kept.conclude(record(sandbox_id="other", state="done"), durable=True)
+    kept.conclude(record(sandbox_id="other", state="done"))
     found = kept.find(CallKey("b", "c", 1))
     assert found is not None
     assert found.state == "started"
@@ -125,7 +125,7 @@ def test_a_clock_that_jumps_forgets_but_never_lets_a_tool_run_again(kept: Sqlite
 def test_results_are_bounded_together_the_oldest_go_first(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_BYTES", 2500)
     for number in range(4):
-        kept.conclude(record(f"c{number}", state="done", outcome=b"x" * 1000, started_at=1000.0 + number), durable=True)
+        kept.conclude(record(f"c{number}", state="done", outcome=b"x" * 1000, started_at=1000.0 + number))
     kept.prune()
     found = [kept.find(CallKey("b", f"c{number}", 1)) for number in range(4)]
     assert [each is not None and each.outcome is not None for each in found] == [False, False, True, True]
@@ -135,21 +135,21 @@ def test_results_are_bounded_together_the_oldest_go_first(kept: SqliteJournal, m
 def test_calls_are_bounded_in_number(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_CALLS", 3)
     for number in range(10):
-        kept.conclude(record(f"c{number}", state="done", started_at=1000.0 + number), durable=False)
+        kept.conclude(record(f"c{number}", state="done", started_at=1000.0 + number))
     kept.prune()
     assert [each.call_id for each in kept.calls(99)] == ["c7", "c8", "c9"]
 
 
 def test_a_result_that_is_too_large_is_not_kept(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_OUTCOME_BYTES", 10)
-    kept.conclude(record(state="done", outcome=b"x" * 11), durable=True)
+    kept.conclude(record(state="done", outcome=b"x" * 11))
     found = kept.find(CallKey("b", "c", 1))
     assert found is not None
     assert (found.state, found.outcome) == ("done", None)
 
 
 def test_a_delivered_result_is_not_kept_any_longer(kept: SqliteJournal, path: Path, clock: FakeClock) -> None:
-    kept.conclude(record(state="done", outcome=b"result"), durable=True)
+    kept.conclude(record(state="done", outcome=b"result"))
     kept.delivered(CallKey("b", "c", 1))
     kept.close()
     found = SqliteJournal(path, clock=clock).find(CallKey("b", "c", 1))
@@ -200,7 +200,7 @@ def test_a_forked_child_opens_a_connection_of_its_own(kept: SqliteJournal) -> No
 
 
 def test_only_its_user_can_read_it(kept: SqliteJournal, path: Path) -> None:
-    kept.conclude(record(state="done", outcome=b"private"), durable=True)
+    kept.conclude(record(state="done", outcome=b"private"))
     assert {file.stat().st_mode & 0o077 for file in [*path.parent.iterdir(), path.parent]} == {0}
 
 
@@ -363,7 +363,7 @@ def test_the_command_shows_what_was_called_and_no_result(
 def test_a_name_from_a_sandbox_cannot_write_to_the_terminal(
     capsys: pytest.CaptureFixture[str], path: Path, kept: SqliteJournal
 ) -> None:
-    kept.conclude(record(tool="\x1b[2Jevil\n", state="done"), durable=True)
+    kept.conclude(record(tool="\x1b[2Jevil\n", state="done"))
     kept.close()
     calls(SandboxSettings(journal=str(path)), limit=1, as_json=False)
     assert "\x1b" not in capsys.readouterr().out
