@@ -11,6 +11,7 @@ import gevent
 
 from broker.outbox import Outbox
 from broker.protocol import frames, limits
+from broker.protocol.blob_file import BlobFile, Blobs
 from broker.protocol.frames import Blob, FrameAssembler, FrameError
 
 JsonObject = dict[str, Any]
@@ -49,15 +50,19 @@ class Channel:
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
 
-    def send(self, header: JsonObject, blobs: Sequence[Blob] = (), *, fd: int | None = None) -> None:
-        """Send a frame, a file descriptor on its first byte if given. What the kernel does not take now follows later.
+    def send(self, header: JsonObject, blobs: Blobs = (), *, fd: int | None = None) -> None:
+        """Send a frame, with a descriptor and that of the blobs' file. What the kernel does not take now follows later.
 
         One frame at a time: the worker must have answered the one before.
         """
         if self._outbox.full:
             self._on_broken()  # it reported a result before it had read the whole request
             return
-        rights = () if fd is None else ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]).tobytes()),)
+        fds = [] if fd is None else [fd]
+        if isinstance(blobs, BlobFile):
+            header, fds = {**header, "file": True, "blobs": blobs.lengths}, [*fds, blobs.fd]
+            blobs = ()
+        rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes()),) if fds else ()
         try:
             sent = self._outbox.send(frames.dump_frame(header, blobs), rights)
         except OSError:

@@ -12,6 +12,7 @@ Everything here runs in callbacks of the event loop: nothing may wait.
 from __future__ import annotations
 
 import functools
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +27,8 @@ from broker.live_session import LiveSession
 from broker.logs import Log
 from broker.outbox import Outbox
 from broker.protocol import limits, reading
-from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
+from broker.protocol.blob_file import BlobFile, Blobs
+from broker.protocol.frames import Blob, FrameAssembler, FrameError, blob_lengths, dump_frame
 from broker.protocol.messages import Progress, ToolCallRequest, ToolCallStatus
 from broker.query import TargetQuery, query_number
 from broker.sessions import Sessions
@@ -37,6 +39,8 @@ JsonObject = dict[str, Any]
 _READ_BYTES = 64 << 10
 _MOST_READ_BYTES = 4 << 20
 _READABLE = 1
+#: Descriptors taken with one read; a frame has one.
+_MOST_FDS = 4
 
 
 class Connected(Protocol):
@@ -57,7 +61,7 @@ class Request(NamedTuple):
         argument: The third part of the path, such as the session's id.
         query: What stood behind the path.
         body: The body.
-        blobs: What it refers to.
+        blobs: What it refers to; only an execution's may be in a file.
         size: Bytes of the whole frame.
         connection: What it came on.
         answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``.
@@ -66,7 +70,7 @@ class Request(NamedTuple):
     argument: str
     query: Mapping[str, str]
     body: JsonObject
-    blobs: Sequence[Blob]
+    blobs: Blobs
     size: int
     connection: Connected
     answer: Deliver[Answer]
@@ -90,9 +94,8 @@ def host_routes(sessions: Sessions) -> Routes:
         return host_requests.claim_later(session, request.query, request.body, there, request.answer)
 
     def answer(request: Request) -> Cancel | None:
-        _, call = host_requests.answer(
-            sessions, request.argument, request.query, request.body, request.blobs, request.size
-        )
+        blobs = _in_frame(request)
+        _, call = host_requests.answer(sessions, request.argument, request.query, request.body, blobs, request.size)
         request.answer(({"call_id": call.call_id, "state": call.state.value}, ()))
         return None
 
@@ -108,7 +111,7 @@ def guest_routes(session: LiveSession) -> Routes:
 
     def submit(request: Request) -> Cancel | None:
         call = ToolCallRequest.from_json(request.body)
-        waiter = session.call_tool_later(call, request.blobs, request.size, request.answer)
+        waiter = session.call_tool_later(call, _in_frame(request), request.size, request.answer)
         return host_requests.ending(session, waiter)
 
     def read(request: Request) -> Cancel | None:
@@ -128,16 +131,26 @@ class FramedConnection:
         routes: What is served.
         log: For defects.
         max_bytes: Largest request taken.
+        files: Whether blobs may come in a file.
     """
 
     def __init__(
-        self, sock: Any, connection: Connected, routes: Routes, log: Log, *, max_bytes: int = limits.MAX_FRAME_BYTES
+        self,
+        sock: Any,
+        connection: Connected,
+        routes: Routes,
+        log: Log,
+        *,
+        max_bytes: int = limits.MAX_FRAME_BYTES,
+        files: bool = False,
     ) -> None:
         # A plain socket on the same connection: gevent's own would let whoever reads wait in a greenlet.
         self._sock = socket.socket(fileno=socket.dup(sock.fileno()))
         self._sock.setblocking(False)
         self._connection, self._routes, self._log = connection, routes, log
-        self._frames = FrameAssembler(max_bytes)
+        self._frames = FrameAssembler(max_bytes, files=files)
+        self._files = files
+        self._fds: list[int] = []
         self._outbox = Outbox(self._sock, on_empty=self._go_on, on_broken=self._end)
         self._watcher = gevent.get_hub().loop.io(self._sock.fileno(), _READABLE)
         # A request is being answered from its frame's arrival until its last reply; no other is looked at meanwhile.
@@ -159,7 +172,7 @@ class FramedConnection:
             self._look_for_end()
             return
         try:
-            data = self._sock.recv(max(_READ_BYTES, min(self._frames.missing, _MOST_READ_BYTES)))
+            data = self._receive(max(_READ_BYTES, min(self._frames.missing, _MOST_READ_BYTES)))
         except BlockingIOError:
             return
         except OSError:
@@ -169,6 +182,13 @@ class FramedConnection:
             return
         self._frames.add(data)
         self._take_frame()
+
+    def _receive(self, size: int) -> bytes:
+        if not self._files:
+            return self._sock.recv(size)
+        data, fds, _, _ = socket.recv_fds(self._sock, size, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        self._fds += fds
+        return data
 
     def _look_for_end(self) -> None:
         """While a request is answered nothing is read, but a client that goes away is noticed."""
@@ -190,11 +210,28 @@ class FramedConnection:
             self._last = True
             self._send(*_failed(BadRequest(f"malformed frame: {error}")))
             return
-        if frame is not None:
-            self._answering = True
-            self._handle(*frame)
+        if frame is None:
+            return
+        self._answering = True
+        header, blobs = frame
+        if header.get("file") is True and self._files:
+            self._handle_file(header)
+        else:
+            self._handle(header, blobs)
 
-    def _handle(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+    def _handle_file(self, header: JsonObject) -> None:
+        fds, self._fds = self._fds, []
+        try:
+            file = BlobFile.received(fds, list(blob_lengths(header, max_bytes=limits.MAX_FRAME_BYTES)))
+        except FrameError as error:
+            self._answered(BadRequest(f"malformed frame: {error}"))
+            return
+        try:
+            self._handle(header, file)
+        finally:
+            file.close()  # by now it was handed on, or nobody wants it
+
+    def _handle(self, header: JsonObject, blobs: Blobs) -> None:
         try:
             read = reading.Reader(header, "framed request")
             route, argument, query = _target(read.text("request", max_chars=2000))
@@ -258,6 +295,9 @@ class FramedConnection:
 
     def _close(self) -> None:
         self._end()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
         self._watcher.close()
         self._outbox.close()
         self._sock.close()
@@ -273,6 +313,12 @@ def _target(text: str) -> tuple[tuple[str, str, str], str, Mapping[str, str]]:
         raise UnknownRoute("nothing is served in frames under this path")
     parts += [""] * (5 - len(parts))
     return (method, parts[2], parts[4]), parts[3], TargetQuery(parse_qsl(query) if query else ())
+
+
+def _in_frame(request: Request) -> Sequence[Blob]:
+    if isinstance(request.blobs, BlobFile):
+        raise BadRequest("only the variables of an execution may come in a file")
+    return request.blobs
 
 
 def _failed(error: BrokerError) -> tuple[int, JsonObject, Sequence[Blob]]:

@@ -18,6 +18,7 @@ from broker.framed import FramedConnection, host_routes
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
+from broker.protocol.frames import FILES_UPGRADE, FRAMED_UPGRADE
 from broker.protocol.messages import OpenRequest, Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
@@ -208,11 +209,12 @@ def answer_tool_call(call_id: str) -> Response:
 def speak_frames() -> Response:
     """101: from here on the most frequent requests in frames. 426 ``upgrade_required`` where it was not asked for."""
     plane, connection = _plane(), connection_of(request)
+    files = request.headers.get("Upgrade", "").lower() == FILES_UPGRADE
 
     def serve(sock: Any) -> None:
-        FramedConnection(sock, connection, host_routes(plane.sessions), plane.log).serve()
+        FramedConnection(sock, connection, host_routes(plane.sessions), plane.log, files=files).serve()
 
-    return upgrade_to_frames(request, serve)
+    return upgrade_to_frames(request, serve, FILES_UPGRADE if files else FRAMED_UPGRADE)
 
 
 def _check_epoch(session: LiveSession) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from broker.errors import BadRequest
 from broker.live_session import LiveSession, WithBlobs
 from broker.protocol import limits
+from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult
 from broker.query import TargetQuery, query_number
@@ -48,7 +49,7 @@ def execute_later(
     session: LiveSession,
     query: Query,
     body: JsonObject,
-    blobs: Sequence[Blob],
+    blobs: Blobs,
     still_there: Callable[[], bool],
     deliver: Deliver[WithBlobs],
 ) -> Callable[[], None] | None:

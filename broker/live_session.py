@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from broker.errors import BrokerError, SessionLost, TooManyCalls
 from broker.executions import Execution
 from broker.protocol import limits
+from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
@@ -102,7 +103,7 @@ class LiveSession:
     def run_later(
         self,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Blobs,
         wanted: ClaimRequest,
         still_there: Callable[[], bool],
         deliver: Deliver[WithBlobs],

@@ -15,6 +15,7 @@ from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, Unkn
 from broker.executions import Execution, ExecutionStore, explain
 from broker.output import Output
 from broker.protocol import limits, reading
+from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.protocol.messages import CallState, ErrorInfo, ExecuteRequest, ExecutionResult, Outcome, ToolCallRequest
 from broker.stopwatch import Stopwatch
@@ -42,7 +43,7 @@ _IGNORED_INTERRUPT = {
 class Worker(Protocol):
     """What a session asks of its worker. Nothing here waits."""
 
-    def execute(self, header: JsonObject, blobs: Sequence[Blob], *, max_output_bytes: int) -> None:
+    def execute(self, header: JsonObject, blobs: Blobs, *, max_output_bytes: int) -> None:
         """Send an execute frame with a fresh output pipe."""
 
     def interrupt(self) -> None:
@@ -161,7 +162,7 @@ class Session:
         """Return the seconds since the session was opened."""
         return self._clock() - self.created_at
 
-    def execute(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> Execution:
+    def execute(self, request: ExecuteRequest, blobs: Blobs) -> Execution:
         """Start an execution; an id that is known already gives that execution and runs nothing.
 
         Raises:

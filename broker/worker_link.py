@@ -12,6 +12,7 @@ import gevent
 from broker.channel import Channel
 from broker.errors import SessionStartFailed
 from broker.output import Output, OutputPipes
+from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.session import Session
 from broker.spawner import WorkerSpawner
@@ -73,7 +74,7 @@ class WorkerLink:
         if self._failure is not None:
             session.exited(self._failure)
 
-    def execute(self, header: JsonObject, blobs: Sequence[Blob], *, max_output_bytes: int) -> None:
+    def execute(self, header: JsonObject, blobs: Blobs, *, max_output_bytes: int) -> None:
         """Send an execute frame, with a fresh output pipe unless the one before is still the worker's alone."""
         assert self._channel is not None
         if self._pipes.reopen(max_output_bytes):

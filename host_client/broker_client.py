@@ -123,7 +123,7 @@ class BrokerClient(Protocol):
         self,
         session_id: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
@@ -134,7 +134,7 @@ class BrokerClient(Protocol):
         Args:
             session_id: The session.
             request: Posting the same id again runs nothing.
-            blobs: Raw parts of the variables.
+            blobs: Raw parts of the variables; ASCII texts may be left as they are.
             wanted: What to wait for.
             late_s: See ``claim``.
             on_claims: See ``claim``.
@@ -235,7 +235,7 @@ class HttpBrokerClient:
         self,
         session_id: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
@@ -285,7 +285,7 @@ class HttpBrokerClient:
         self,
         path: str,
         body: dict[str, Any],
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         timeout_s: float,
         on_claims: Callable[[News], None] | None,
     ) -> News:

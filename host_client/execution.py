@@ -34,7 +34,7 @@ class Execution:
     def __init__(self, client: BrokerClient, session_id: str, calls: ToolCalls) -> None:
         self._client, self._session_id, self._calls = client, session_id, calls
 
-    def run(self, request: ExecuteRequest, blobs: Sequence[Blob]) -> News:
+    def run(self, request: ExecuteRequest, blobs: Sequence[Blob | str]) -> News:
         """Post the request and return its result.
 
         Whatever is raised in this thread meanwhile (Ctrl-C, a cancellation) stops the execution in the sandbox first,

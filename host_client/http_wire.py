@@ -115,12 +115,22 @@ class Exchange:
         status, _ = _parse_head(head)
         return status == _SWITCHING_PROTOCOLS and not rest
 
-    def send_frame(self, pieces: Sequence[Blob]) -> None:
+    def send_frame(self, pieces: Sequence[Blob], fd: int | None = None) -> None:
         """Send a frame; large blobs are not copied.
+
+        Args:
+            pieces: The frame.
+            fd: A descriptor that goes with it; ours stays open.
 
         Raises:
             OSError: The connection broke, or ``TimeoutError``.
         """
+        if fd is not None:
+            try:
+                sent = socket.send_fds(self._connection, [pieces[0]], [fd])
+            except BlockingIOError:
+                raise TimeoutError("the request was not taken in time") from None
+            pieces = [memoryview(pieces[0])[sent:], *pieces[1:]]
         self._send_pieces(pieces)
 
     def receive_frame(self, *, max_bytes: int) -> tuple[dict[str, Any], list[memoryview]]:

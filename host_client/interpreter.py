@@ -291,7 +291,7 @@ class SandboxInterpreter:
         variables = checks.check_variables(variables, self._table.names())
         session = self._open()
         self._resume(session)
-        encoder = Encoder(keeper=session.keeper)
+        encoder = Encoder(keeper=session.keeper, lazy=True)
         arrived = False
         try:
             request = self._request(session, code, variables, fields, encoder)

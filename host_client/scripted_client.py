@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from broker.protocol import limits
+from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
@@ -109,7 +110,7 @@ class ScriptedClient:
         self,
         session_id: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         wanted: ClaimRequest,
         *,
         late_s: float = LATE_S,
@@ -121,7 +122,7 @@ class ScriptedClient:
             if request.execution_id not in self._running:
                 if session.running is not None:
                     raise SessionBusy("an execution is running", status=409)
-                self._begin(session, request, blobs)
+                self._begin(session, request, as_bytes(blobs))
         return self.claim(session_id, wanted)
 
     def claim(

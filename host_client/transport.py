@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from broker.protocol import frames, limits
+from broker.protocol.blob_file import AVAILABLE as BLOB_FILES
+from broker.protocol.blob_file import WORTH_BYTES as FILE_WORTH_BYTES
+from broker.protocol.blob_file import BlobFile, as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
@@ -20,6 +24,7 @@ from host_client.http_wire import BadReply, ConnectionEnded, Exchange
 #: One for the thread that waits, and some for the threads that run tools.
 _MAX_IDLE_CONNECTIONS = 8
 _CONNECT_TIMEOUT_S = 5.0
+_SPOKEN = ("", frames.FRAMED_UPGRADE, frames.FILES_UPGRADE)
 
 
 class Reply(NamedTuple):
@@ -52,7 +57,7 @@ class Transport(Protocol):
         method: str,
         path: str,
         header: dict[str, Any] | None = None,
-        blobs: Sequence[Blob] = (),
+        blobs: Sequence[Blob | str] = (),
         *,
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
@@ -68,7 +73,8 @@ class Transport(Protocol):
             blobs: Raw parts; with any, the body is a frame.
             timeout_s: For the whole exchange, in seconds.
             max_reply_bytes: Largest body taken.
-            framed: The broker serves this request in frames too, which costs less where the transport can.
+            framed: The broker serves this request in frames too, which costs less where the transport can; its blobs
+                may also be ASCII texts.
             on_more: Takes each reply that says that another one follows (``"more": true``).
 
         Raises:
@@ -92,9 +98,9 @@ class UnixSocketTransport:
         # Guards _idle, _pid and _closed: a connection is in _idle or in the hands of one thread, never both.
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.
         self._lock = threading.RLock()
-        # Connections that speak frames apart from those that speak HTTP.
-        self._idle: dict[bool, list[Exchange]] = {True: [], False: []}
-        self._speaks_frames = True
+        # By what they speak: "" for HTTP, or what they were upgraded to.
+        self._idle: dict[str, list[Exchange]] = {spoken: [] for spoken in _SPOKEN}
+        self._refused: set[str] = set() if BLOB_FILES else {frames.FILES_UPGRADE}
         self._pid = os.getpid()
         self._closed = False
 
@@ -103,7 +109,7 @@ class UnixSocketTransport:
         method: str,
         path: str,
         header: dict[str, Any] | None = None,
-        blobs: Sequence[Blob] = (),
+        blobs: Sequence[Blob | str] = (),
         *,
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
@@ -111,44 +117,70 @@ class UnixSocketTransport:
         on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
-        talk: Talk
-        if framed and self._speaks_frames:
-            talk = partial(_in_frames, f"{method} {path}", header or {}, blobs, max_reply_bytes, on_more)
-        else:
-            talk, framed = partial(_over_http, method, path, _body(header, blobs), max_reply_bytes), False
+        spoken = self._spoken(framed, blobs)
+        file = BlobFile.of(blobs) if spoken == frames.FILES_UPGRADE else None
         try:
-            connection = self._take(framed)
-            if connection is not None:
-                try:
-                    return self._exchange(connection, talk, timeout_s, framed=framed)
-                except (ConnectionEnded, BrokenPipeError, ConnectionResetError) as error:
-                    if isinstance(error, ConnectionEnded) and not error.clean:
-                        raise
-            connection = self._open(framed, min(timeout_s, _CONNECT_TIMEOUT_S))
-            if connection is None:  # a broker that does not speak frames
-                self._speaks_frames = False
-                return self.request(method, path, header, blobs, timeout_s=timeout_s, max_reply_bytes=max_reply_bytes)
-            return self._exchange(connection, talk, timeout_s, framed=framed)
+            if spoken:
+                talk = partial(
+                    _in_frames, f"{method} {path}", header or {}, file or as_bytes(blobs), max_reply_bytes, on_more
+                )
+            else:
+                talk = partial(_over_http, method, path, _body(header, as_bytes(blobs)), max_reply_bytes)
+            reply = self._talk(spoken, talk, timeout_s)
+            if reply is not None:
+                return reply
+            self._refused.add(spoken)  # a broker that does not speak that
+            return self.request(
+                method,
+                path,
+                header,
+                blobs,
+                timeout_s=timeout_s,
+                max_reply_bytes=max_reply_bytes,
+                framed=framed,
+                on_more=on_more,
+            )
         except TimeoutError:
             raise BrokerTimeout(f"the broker did not answer {method} {path} within {timeout_s:.1f} s") from None
         except OSError as error:
             raise BrokerUnreachable(f"no answer from the broker: {error.strerror or error}") from None
         except (BadReply, frames.FrameError, BadRequest) as error:
             raise MalformedReply(f"the broker's answer to {method} {path} is malformed: {error}") from None
+        finally:
+            if file is not None:
+                file.close()
 
     def close(self) -> None:
         """Close the idle connections, and every other one as soon as it is given back."""
         with self._lock:
-            idle, self._idle, self._closed = self._idle, {True: [], False: []}, True
-        for connection in (*idle[True], *idle[False]):
-            connection.close()
+            idle, self._idle, self._closed = self._idle, {spoken: [] for spoken in _SPOKEN}, True
+        _close_all(idle)
 
-    def _open(self, framed: bool, timeout_s: float) -> Exchange | None:
-        """Return a new connection, or None where frames are asked for and the broker does not speak them."""
+    def _spoken(self, framed: bool, blobs: Sequence[Blob | str]) -> str:
+        """Choose how a request travels."""
+        if not framed or frames.FRAMED_UPGRADE in self._refused:
+            return ""
+        large = bool(blobs) and sum(map(len, blobs)) >= FILE_WORTH_BYTES
+        return frames.FILES_UPGRADE if large and frames.FILES_UPGRADE not in self._refused else frames.FRAMED_UPGRADE
+
+    def _talk(self, spoken: str, talk: Talk, timeout_s: float) -> Reply | None:
+        """Talk on a connection that speaks this; return None where the broker does not."""
+        connection = self._take(spoken)
+        if connection is not None:
+            try:
+                return self._exchange(connection, talk, timeout_s, spoken)
+            except (ConnectionEnded, BrokenPipeError, ConnectionResetError) as error:
+                if isinstance(error, ConnectionEnded) and not error.clean:
+                    raise
+        connection = self._open(spoken, min(timeout_s, _CONNECT_TIMEOUT_S))
+        return None if connection is None else self._exchange(connection, talk, timeout_s, spoken)
+
+    def _open(self, spoken: str, timeout_s: float) -> Exchange | None:
+        """Return a new connection, or None where the broker does not speak what is asked for."""
         connection = Exchange(unix_socket.connect(self._path, timeout_s=timeout_s))
         try:
             connection.begin(timeout_s)
-            if not framed or connection.upgrade("/v1/frames", frames.FRAMED_UPGRADE):
+            if not spoken or connection.upgrade("/v1/frames", spoken):
                 return connection
         except BaseException:
             connection.close()
@@ -156,41 +188,49 @@ class UnixSocketTransport:
         connection.close()
         return None
 
-    def _exchange(self, connection: Exchange, talk: Talk, timeout_s: float, *, framed: bool) -> Reply:
+    def _exchange(self, connection: Exchange, talk: Talk, timeout_s: float, spoken: str) -> Reply:
         reusable = False
         try:
             connection.begin(timeout_s)
             reply, reusable = talk(connection)
         finally:
-            self._give_back(connection, framed, reusable)
+            self._give_back(connection, spoken, reusable)
         return reply
 
-    def _take(self, framed: bool) -> Exchange | None:
+    def _take(self, spoken: str) -> Exchange | None:
         with self._lock:
             if self._pid != os.getpid():
                 # After a fork: these connections are the parent's, who is using them.
-                inherited, self._idle, self._pid = self._idle, {True: [], False: []}, os.getpid()
-                for connection in (*inherited[True], *inherited[False]):
-                    connection.close()
-            return self._idle[framed].pop() if self._idle[framed] else None
+                inherited, self._idle, self._pid = self._idle, {each: [] for each in _SPOKEN}, os.getpid()
+                _close_all(inherited)
+            return self._idle[spoken].pop() if self._idle[spoken] else None
 
-    def _give_back(self, connection: Exchange, framed: bool, reusable: bool) -> None:
+    def _give_back(self, connection: Exchange, spoken: str, reusable: bool) -> None:
         with self._lock:
-            if reusable and not self._closed and len(self._idle[framed]) < _MAX_IDLE_CONNECTIONS:
-                self._idle[framed].append(connection)
+            if reusable and not self._closed and len(self._idle[spoken]) < _MAX_IDLE_CONNECTIONS:
+                self._idle[spoken].append(connection)
                 return
+        connection.close()
+
+
+def _close_all(connections: Mapping[str, Sequence[Exchange]]) -> None:
+    for connection in itertools.chain.from_iterable(connections.values()):
         connection.close()
 
 
 def _in_frames(
     request: str,
     body: dict[str, Any],
-    blobs: Sequence[Blob],
+    blobs: Sequence[Blob] | BlobFile,
     max_reply_bytes: int,
     on_more: Callable[[Reply], None],
     exchange: Exchange,
 ) -> tuple[Reply, bool]:
-    exchange.send_frame(frames.dump_frame({"request": request, "body": body}, blobs))
+    header = {"request": request, "body": body}
+    if isinstance(blobs, BlobFile):
+        exchange.send_frame(frames.dump_frame({**header, "file": True, "blobs": blobs.lengths}), blobs.fd)
+    else:
+        exchange.send_frame(frames.dump_frame(header, blobs))
     while True:
         header, received = exchange.receive_frame(max_bytes=max_reply_bytes)
         read = Reader(header, "framed reply")

@@ -4,7 +4,7 @@ Layout (all integers big-endian)::
 
     4 bytes   length H of the header
     H bytes   the header, a JSON object in UTF-8; its key "blobs" lists the blobs' lengths in bytes, if there are any
-    ...       the blobs, one after the other
+    ...       the blobs, one after the other; not where the header says "file": true, see ``blob_file``
 
 An HTTP body with a plain JSON object (``application/json``) means the same as a frame without blobs.
 """
@@ -30,6 +30,8 @@ FRAME_CONTENT_TYPE = "application/vnd.rlm-sandbox.frame"
 
 #: Name of the framed form of a plane in HTTP's Upgrade header.
 FRAMED_UPGRADE = "rlm-sandbox.frames"
+#: The same where blobs may also come in a memory file (``blob_file``), whose descriptor is attached to the frame.
+FILES_UPGRADE = "rlm-sandbox.frames+files"
 JSON_CONTENT_TYPE = "application/json"
 
 Blob = bytes | bytearray | memoryview
@@ -139,6 +141,8 @@ def read_frame(
     if head_length > min(limits.MAX_HEADER_BYTES, max_bytes):
         raise FrameError(f"header of {head_length} bytes exceeds the limit")
     header = parse_json_object(read_exactly(head_length))
+    if header.get("file") is True:  # from the broker, the only one that is believed
+        return header, []
     return header, [read_exactly(length) for length in blob_lengths(header, max_bytes=max_bytes)]
 
 
@@ -147,16 +151,17 @@ class FrameAssembler:
 
     Args:
         max_bytes: Largest frame accepted.
+        files: Blobs may be in a file, which comes beside the stream; then ``next`` returns none.
 
     Attributes:
         max_bytes: May be changed between frames.
         size: Bytes of the frame that ``next`` returned last.
     """
 
-    __slots__ = ("_data", "_frame_end", "_header", "_header_end", "_lengths", "max_bytes", "size")
+    __slots__ = ("_data", "_files", "_frame_end", "_header", "_header_end", "_lengths", "max_bytes", "size")
 
-    def __init__(self, max_bytes: int = limits.MAX_FRAME_BYTES) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int = limits.MAX_FRAME_BYTES, *, files: bool = False) -> None:
+        self.max_bytes, self._files = max_bytes, files
         # Bytes where they came in one piece, as nearly every frame does: no copy, no buffer.
         self._data: bytes | bytearray = b""
         self._header: dict[str, Any] | None = None
@@ -223,6 +228,8 @@ class FrameAssembler:
             return False
         header = parse_json_object(data[4:end])
         self._lengths = list(blob_lengths(header, max_bytes=self.max_bytes)) if "blobs" in header else []
+        if self._files and header.get("file") is True:
+            self._lengths = []
         self._header_end = end
         self._frame_end = end + sum(self._lengths)
         self._header = header

@@ -50,11 +50,13 @@ class Encoder:
         listify: Send tuples and sets as lists, and arrays and tables as nested lists and records.
             Generated code sends so, because tools and output fields are validated as JSON shapes.
         keeper: Where given, large strings and bytes are sent once and referred to afterwards.
+        lazy: Leave ASCII texts among the blobs as they are: encoded they would be in memory twice.
     """
 
     listify: bool = False
     keeper: Keeper | None = None
-    blobs: list[Blob] = dataclasses.field(default_factory=list)
+    blobs: list[Any] = dataclasses.field(default_factory=list)
+    lazy: bool = False
 
     def encode(self, value: Any, path: str) -> Any:
         """Return the JSON form of ``value``; large parts are appended to ``blobs``.
@@ -92,6 +94,8 @@ class Encoder:
     def _text(self, value: str) -> Any:
         if len(value) < limits.BLOB_THRESHOLD_BYTES:
             return value
+        if self.lazy and value.isascii():
+            return self._blob(value, "str", lambda: value)
         return self._blob(value, "str", lambda: value.encode("utf-8", "surrogatepass"))
 
     def _bytes(self, value: bytes) -> Any:
@@ -99,7 +103,7 @@ class Encoder:
             return {"$bytes": base64.b64encode(value).decode("ascii")}
         return self._blob(value, "bytes", lambda: value)
 
-    def _blob(self, value: str | bytes, kind: str, raw: Callable[[], Blob]) -> Any:
+    def _blob(self, value: str | bytes, kind: str, raw: Callable[[], Blob | str]) -> Any:
         kept = None
         if self.keeper is not None and len(value) >= limits.KEEP_THRESHOLD_BYTES:
             known = self.keeper.known(value)

@@ -1,7 +1,7 @@
 """Frames over the socket pair between broker and worker.
 
-The first byte of an ``execute`` frame carries a descriptor (SCM_RIGHTS): the write end of the pipe
-for that execution's output.
+The first byte of an ``execute`` frame may carry descriptors (SCM_RIGHTS): the write end of the pipe for that
+execution's output, and the file with its blobs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol import frames, limits
+from broker.protocol.blob_file import BlobFile
 from broker.protocol.frames import Blob
 
 # One read fetches a whole ordinary frame.
 _READ_BYTES = 64 << 10
 _FD_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(_FD_BYTES)
+_ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _FD_BYTES)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 # Pieces up to this are joined into one write; larger ones are not worth the copy.
 _JOIN_BYTES = 64 << 10
@@ -47,6 +48,10 @@ class Channel:
             FrameError: What came is no frame.
         """
         header, blobs = frames.read_frame(self._read_exactly)
+        if header.get("file") is True:
+            file = BlobFile(self._fds.pop(), header["blobs"])
+            blobs = list(file.views())
+            file.close()
         return header, blobs, self._fds.pop(0) if self._fds else None
 
     def send(self, header: dict[str, Any], blobs: Sequence[Blob] = ()) -> None:

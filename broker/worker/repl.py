@@ -91,6 +91,8 @@ class Repl:
             raise KeyboardInterrupt
         if variables:
             self._inject(variables, blobs)
+            if isinstance(blobs, list):
+                blobs.clear()  # a large value is in memory once from here on
         self.namespace.update(self._bindings)
         value = self._evaluate(self._compile(source))
         return _ending_with(value)
