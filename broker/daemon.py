@@ -13,6 +13,7 @@ from broker.errors import TooManyCalls
 from broker.guest_api import make_guest_app
 from broker.host_api import make_host_app
 from broker.logs import Log
+from broker.protocol import fast_json
 from broker.protocol.self_test import SelfTest
 from broker.sessions import Sessions
 from broker.spawner import Peer, WorkerSpawner
@@ -85,6 +86,7 @@ class Daemon:
         clock: Clock = time.monotonic,
         self_test: Callable[[], SelfTest] = SelfTest,
     ) -> None:
+        fast_json.use()
         self._log = log
         self._stopped = Event()
         self._guests: Counter[int] = Counter()

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from broker.protocol import frames, limits
+from broker.protocol import fast_json, frames, limits
 from broker.protocol.blob_file import AVAILABLE as BLOB_FILES
 from broker.protocol.blob_file import WORTH_BYTES as FILE_WORTH_BYTES
 from broker.protocol.blob_file import BlobFile, as_bytes
@@ -94,6 +94,7 @@ class UnixSocketTransport:
     """
 
     def __init__(self, socket_path: Path) -> None:
+        fast_json.use()
         self._path = socket_path
         # Guards _idle, _pid and _closed: a connection is in _idle or in the hands of one thread, never both.
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.

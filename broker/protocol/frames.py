@@ -19,13 +19,6 @@ from typing import Any
 
 from broker.protocol import limits
 
-try:
-    # Several times as fast as the standard library, which costs a fifth of a warm execution. DSPy needs it on the host,
-    # the broker has it in the image; the worker, whose packages are generated code's, does without.
-    import orjson
-except ImportError:
-    orjson = None  # type: ignore[assignment]
-
 FRAME_CONTENT_TYPE = "application/vnd.rlm-sandbox.frame"
 
 #: Name of the framed form of a plane in HTTP's Upgrade header.
@@ -37,6 +30,21 @@ JSON_CONTENT_TYPE = "application/json"
 Blob = bytes | bytearray | memoryview
 
 _LENGTH = struct.Struct(">I")
+
+
+_loads: Callable[[bytes | bytearray], Any] | None = None
+_dumps: Callable[[dict[str, Any]], bytes] | None = None
+
+
+def use_codec(loads: Callable[[bytes | bytearray], Any], dumps: Callable[[dict[str, Any]], bytes]) -> None:
+    """Read and write JSON with these from now on, and with the standard library where they refuse.
+
+    Args:
+        loads: Raises ``ValueError`` for what is malformed, NaN and infinities among it.
+        dumps: Raises ``TypeError`` for what it cannot write.
+    """
+    global _loads, _dumps
+    _loads, _dumps = loads, dumps
 
 
 class FrameError(ValueError):
@@ -57,9 +65,9 @@ def dump_frame(header: dict[str, Any], blobs: Sequence[Blob] = ()) -> list[Blob]
 
 def dump_json(payload: dict[str, Any]) -> bytes:
     """Return a JSON object as compact bytes. It holds no NaN and no infinity: those have a tag (``docs/values.md``)."""
-    if orjson is not None:
+    if _dumps is not None:
         try:
-            return orjson.dumps(payload, option=_AS_THE_STANDARD_LIBRARY)
+            return _dumps(payload)
         except TypeError:  # it takes no lone surrogates, no keys but strings, and no integers past 64 bits
             pass
     return _ENCODER.encode(payload).encode("ascii")
@@ -78,9 +86,9 @@ def parse_json_object(data: Blob) -> dict[str, Any]:
     """
     data = data if isinstance(data, (bytes, bytearray)) else bytes(data)
     most = containers(data)
-    if orjson is not None and most <= limits.MAX_JSON_CONTAINERS:
+    if _loads is not None and most <= limits.MAX_JSON_CONTAINERS:
         try:
-            parsed = orjson.loads(data)
+            parsed = _loads(data)
         except ValueError:  # it is malformed, or has lone surrogates; the standard library has the better words
             parsed = None
         if isinstance(parsed, dict):
@@ -276,5 +284,4 @@ def _refuse_constant(name: str) -> Any:
 
 # Made once: json.loads and json.dumps build a new one for every call that deviates from the defaults.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
-_AS_THE_STANDARD_LIBRARY = 0 if orjson is None else orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
