@@ -18,9 +18,9 @@ from host_client.dspy_compat import contract
 class Local:
     """Runs code in this process and notes it; errors are what DSPy's own interpreters raise."""
 
-    def __init__(self) -> None:
-        self.tools: dict[str, Any] = {}
-        self.output_fields: Any = None
+    def __init__(self, tools: dict[str, Any] | None = None, output_fields: Any = None) -> None:
+        self.tools: dict[str, Any] = dict(tools or {})
+        self.output_fields = output_fields
         self.codes: list[str] = []
         self.inputs: list[dict[str, Any]] = []
         self.space: dict[str, Any] = {}

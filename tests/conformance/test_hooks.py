@@ -32,7 +32,7 @@ from host_client.scripted_broker import Step
 from tests.conformance import dspy_versions as versions
 from tests.conformance.backends import Backend
 from tests.conformance.dspy_versions import only_if, outputs_of, rlm, writes
-from tests.conformance.hooked import Ask, LocalFactory, both_ways
+from tests.conformance.hooked import Ask, Local, LocalFactory, both_ways
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -42,19 +42,47 @@ def local() -> LocalFactory:
     return LocalFactory()
 
 
-class Notes:
-    """Four hooks that note what they are called with and change nothing."""
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return an RLM that takes an interpreter for each call, so that several may run at once."""
+    if versions.HAS_FACTORY:
+        return rlm("q -> answer", LocalFactory())
+    monkeypatch.setattr("dspy.predict.rlm.PythonInterpreter", Local)  # what DSPy makes before 3.3
+    return dspy.RLM("q -> answer")
 
-    def __init__(self) -> None:
+
+class Notes:
+    """Four hooks that note what they are called with and change nothing.
+
+    Args:
+        nothing: Whether they say so by returning None.
+    """
+
+    def __init__(self, *, nothing: bool = False) -> None:
         self.seen: list[tuple[Any, ...]] = []
+        self._nothing = nothing
 
     def hooks(self) -> dict[str, Any]:
-        return {
-            "pre_iteration_hook": lambda *a: self.seen.append(("pre_iteration", a[0], len(a[2]), a[3])),
-            "pre_execution_hook": lambda *a: self.seen.append(("pre_execution", a[0], a[1], a[4])),
-            "post_execution_hook": lambda *a: self.seen.append(("post_execution", a[0], a[1], a[2], a[5])),
-            "post_iteration_hook": lambda *a: self.seen.append(("post_iteration", a[0], a[1].code, *a[2:4], len(a[4]))),
-        }
+        hooks = (self.pre_iteration, self.pre_execution, self.post_execution, self.post_iteration)
+        return {f"{hook.__name__}_hook": hook for hook in hooks}
+
+    def pre_iteration(self, iteration: int, variables: Any, history: Any, input_args: Any) -> Any:
+        self.seen.append(("pre_iteration", iteration, len(history), input_args))
+        return None if self._nothing else PreIterationOutput()
+
+    def pre_execution(self, iteration: int, code: str, variables: Any, history: Any, input_args: Any) -> Any:
+        self.seen.append(("pre_execution", iteration, code, input_args))
+        return None if self._nothing else PreExecutionOutput(code=code)
+
+    def post_execution(
+        self, iteration: int, code: str, result: Any, variables: Any, history: Any, input_args: Any
+    ) -> Any:
+        self.seen.append(("post_execution", iteration, code, result, input_args))
+        return None if self._nothing else PostExecutionOutput(result=result)
+
+    def post_iteration(self, iteration: int, pred: Any, code: str, result: Any, history: Any) -> Any:
+        self.seen.append(("post_iteration", iteration, pred.code, code, result, len(history)))
+        return None if self._nothing else PostIterationOutput(history=history)
 
 
 def later(output: Any) -> Any:
@@ -71,9 +99,10 @@ def later(output: Any) -> Any:
 
 
 @both_ways
-def test_hooks_run_in_order_and_returning_none_changes_nothing(ask: Ask, local: LocalFactory) -> None:
+@pytest.mark.parametrize("nothing", [False, True], ids=["as-it-was", "defect-none"])
+def test_hooks_run_in_order_and_may_return_nothing(ask: Ask, nothing: bool, local: LocalFactory) -> None:
     codes = ["```python\nprint(q)\n```", "nope", "SUBMIT('done')"]
-    program, notes = rlm("q -> answer", local), Notes()
+    program, notes = rlm("q -> answer", local), Notes(nothing=nothing)
     with dspy.context(lm=writes(*codes)):
         without = ask(program, q="?")
     enable_rlm_hooks(program, **notes.hooks())
@@ -277,7 +306,9 @@ class _Awaitable:
 @both_ways
 def test_defect_only_coroutines_are_awaited(ask: Ask, local: LocalFactory) -> None:
     program = rlm("q -> answer", local)
-    enable_rlm_hooks(program, pre_execution_hook=lambda *arguments: _Awaitable(PreExecutionOutput("SUBMIT('hook')")))
+    enable_rlm_hooks(
+        program, pre_execution_hook=lambda *arguments: _Awaitable(PreExecutionOutput(code="SUBMIT('hook')"))
+    )
     with dspy.context(lm=writes("SUBMIT('model')")):
         assert ask(program, q="?").answer == "hook"
 
@@ -287,7 +318,7 @@ def test_a_future_and_the_running_task_are_the_callers_own_under_acall(local: Lo
 
     def hook(*arguments: Any) -> Any:
         future = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_soon(future.set_result, PreExecutionOutput("SUBMIT('hook')"))
+        asyncio.get_running_loop().call_soon(future.set_result, PreExecutionOutput(code="SUBMIT('hook')"))
         tasks.append(asyncio.current_task())
         return future
 
@@ -307,7 +338,7 @@ def test_defect_an_async_hook_fails_in_a_plain_call_under_a_running_loop(local: 
 
     async def hook(*arguments: Any) -> PreExecutionOutput:
         await asyncio.sleep(0)
-        return PreExecutionOutput(f"SUBMIT({flavour.get()!r})")
+        return PreExecutionOutput(code=f"SUBMIT({flavour.get()!r})")
 
     async def main() -> Any:
         flavour.set("salt")
@@ -336,36 +367,32 @@ def test_defect_turning_off_twice_or_what_was_never_on_fails(local: LocalFactory
 
 def test_defect_turning_on_another_hook_forgets_the_first(local: LocalFactory) -> None:
     program = rlm("q -> answer", local)
-    enable_rlm_hooks(program, pre_execution_hook=lambda *a: PreExecutionOutput("print('hook')"))
-    enable_rlm_hooks(program, post_iteration_hook=lambda *a: PostIterationOutput(stop=True))
+    enable_rlm_hooks(program, pre_execution_hook=lambda *a: PreExecutionOutput(code="print('hook')"))
+    enable_rlm_hooks(program, post_iteration_hook=lambda *a: PostIterationOutput(history=a[4], stop=True))
     with dspy.context(lm=DummyLM([{"reasoning": "r", "code": "print(1)"}, {"answer": "extracted"}])):
         assert outputs_of(program(q="?")) == ["hook\n"]
 
 
-def test_defect_calls_in_other_threads_change_the_hooks_of_a_call(local: LocalFactory) -> None:
+def test_defect_calls_in_other_threads_change_the_hooks_of_a_call(shared: Any) -> None:
     both_run = threading.Barrier(2, timeout=30)
     answers: dict[str, str] = {}
 
-    def wait(iteration: int, *rest: Any) -> None:
+    def wait(iteration: int, *rest: Any) -> PreIterationOutput:
         if iteration == 0:
             both_run.wait()
+        return PreIterationOutput()
 
     def call(name: str) -> None:
-        own = rlm_of[name]
         with dspy.context(lm=writes("1", "SUBMIT('model')")):
-            answers[name] = own(q="?").answer
+            answers[name] = shared(q="?").answer
 
     def named(name: str) -> Any:
-        return lambda i, code, *rest: PreExecutionOutput(code.replace("model", name))
+        return lambda i, code, *rest: PreExecutionOutput(code=code.replace("model", name))
 
-    # The same RLM: each call keeps the hooks that were on when it began.
-    program = rlm("q -> answer", local) if versions.HAS_FACTORY else None
-    rlm_of = {name: program or rlm("q -> answer", local) for name in ("one", "two")}
     threads = []
-    for name in rlm_of:
-        enable_rlm_hooks(
-            rlm_of[name], pre_execution_hook=named(name), pre_iteration_hook=_begun(wait, begun := threading.Event())
-        )
+    for name in ("one", "two"):
+        begun = threading.Event()
+        enable_rlm_hooks(shared, pre_execution_hook=named(name), pre_iteration_hook=_begun(wait, begun))
         threads.append(threading.Thread(target=contextvars.copy_context().run, args=(call, name)))
         threads[-1].start()
         assert begun.wait(30)
@@ -383,7 +410,7 @@ def _begun(hook: Any, event: threading.Event) -> Any:
 
 
 @both_ways
-def test_each_call_has_a_state_of_its_own(ask: Ask) -> None:
+def test_each_call_has_a_state_of_its_own(ask: Ask, shared: Any) -> None:
     def count(*arguments: Any) -> PostIterationOutput:
         state = call_state()
         state["steps"] = state.get("steps", 0) + 1
@@ -391,13 +418,10 @@ def test_each_call_has_a_state_of_its_own(ask: Ask) -> None:
 
     def run(name: str) -> int:
         lm = DummyLM([{"reasoning": "r", "code": "1"}, {"reasoning": "r", "code": "2"}, {"answer": name}])
-        # Before DSPy 3.3 an interpreter belongs to the RLM, and serves one call at a time.
-        own = program if versions.HAS_FACTORY else copy.copy(program)
         with dspy.context(lm=lm):
-            return len(ask(own, q="?").trajectory)
+            return len(ask(shared, q="?").trajectory)
 
-    program = rlm("q -> answer", LocalFactory())
-    enable_rlm_hooks(program, post_iteration_hook=count)
+    enable_rlm_hooks(shared, post_iteration_hook=count)
     lengths: list[int] = []
     threads = [
         threading.Thread(target=contextvars.copy_context().run, args=(lambda: lengths.append(run("x")),))
@@ -410,7 +434,7 @@ def test_each_call_has_a_state_of_its_own(ask: Ask) -> None:
     assert lengths == [2, 2, 2, 2]
 
 
-def test_async_calls_at_the_same_time_have_states_of_their_own(local: LocalFactory) -> None:
+def test_async_calls_at_the_same_time_have_states_of_their_own(shared: Any) -> None:
     async def count(*arguments: Any) -> PostIterationOutput:
         state = call_state()
         state["steps"] = state.get("steps", 0) + 1
@@ -420,14 +444,27 @@ def test_async_calls_at_the_same_time_have_states_of_their_own(local: LocalFacto
     async def one() -> int:
         lm = DummyLM([{"reasoning": "r", "code": "1"}, {"reasoning": "r", "code": "2"}, {"answer": "x"}])
         with dspy.context(lm=lm):
-            return len((await program.acall(q="?")).trajectory)
+            return len((await shared.acall(q="?")).trajectory)
 
     async def main() -> list[int]:
         return list(await asyncio.gather(*(one() for _ in range(4))))
 
-    program = rlm("q -> answer", local)
-    enable_rlm_hooks(program, post_iteration_hook=count)
+    enable_rlm_hooks(shared, post_iteration_hook=count)
     assert asyncio.run(main()) == [2, 2, 2, 2]
+
+
+def test_host_tools_of_a_call_share_its_state(backend: Backend) -> None:
+    def note(text: str) -> str:
+        call_state()["noted"] = text
+        return "ok"
+
+    steps = [lambda execution: Step(output=f"{execution.call('note', 'gold')}\n"), Step(submitted={"answer": "x"})]
+    program = rlm("q -> answer", backend.factory(*steps), tools=[note])
+    enable_rlm_hooks(program, post_iteration_hook=lambda *a: seen.append(call_state()["noted"]))
+    seen: list[str] = []
+    with dspy.context(lm=writes("print(note('gold'))", "SUBMIT('x')")):
+        program(q="?")
+    assert seen == ["gold"]
 
 
 def test_state_is_asked_for_in_vain_outside_of_a_call() -> None:
@@ -435,7 +472,7 @@ def test_state_is_asked_for_in_vain_outside_of_a_call() -> None:
         call_state()
 
 
-def test_an_rlm_with_hooks_can_run_inside_its_own_hooks(local: LocalFactory) -> None:
+def test_an_rlm_with_hooks_can_run_inside_its_own_hooks(shared: Any) -> None:
     depth: list[str] = []
 
     def delve(iteration: int, *rest: Any) -> PreIterationOutput | None:
@@ -443,14 +480,11 @@ def test_an_rlm_with_hooks_can_run_inside_its_own_hooks(local: LocalFactory) -> 
         if depth != ["0.0"]:
             return None
         with dspy.context(lm=writes("1", "SUBMIT('inner')")):
-            return PreIterationOutput(extra_vars={"found": rlm_inside(q="?").answer})
+            return PreIterationOutput(extra_vars={"found": shared(q="?").answer})
 
-    program = rlm("q -> answer", local)
-    rlm_inside = program if versions.HAS_FACTORY else rlm("q -> answer", local)
-    enable_rlm_hooks(program, pre_iteration_hook=delve)
-    enable_rlm_hooks(rlm_inside, pre_iteration_hook=delve)
+    enable_rlm_hooks(shared, pre_iteration_hook=delve)
     with dspy.context(lm=writes("print(found)", "SUBMIT(found)")):
-        assert program(q="?").answer == "inner"
+        assert shared(q="?").answer == "inner"
     assert depth == ["0.0", "1.0", "1.1", "0.1"]
 
 
