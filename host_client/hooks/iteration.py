@@ -201,6 +201,22 @@ class Iteration:
             self.result = seen.result
         return self.result
 
+    def did_not_run(self, code: str, result: Any) -> None:
+        """Take note of code that no hook saw.
+
+        Raises:
+            HookError: It did run, in a way that hooks do not know, and should have been shown to one.
+        """
+        hooks = self._call.hooks
+        fence_of_another_language = isinstance(result, str) and result.startswith("[Error]")
+        if (hooks.pre_execution_hook or hooks.post_execution_hook) and not fence_of_another_language:
+            kind = type(self._call.rlm).__name__
+            raise HookError(
+                f"{kind} runs code in a way of its own: pre_execution_hook and post_execution_hook were left out",
+                help="only subclasses of dspy.RLM that call its _execute_code can have these two",
+            )
+        self.code, self.result = code, result
+
     def recorded(self, outcome: Any) -> Any:
         """Return DSPy's outcome with the code that really ran in it."""
         if not self.rewritten:

@@ -19,6 +19,9 @@ from host_client.hooks.iteration import Call, Hooks, Iteration, Later, current, 
 
 #: Where an RLM keeps its hooks, in its ``__dict__``.
 ATTRIBUTE = "_rlm_sandbox_hooks"
+#: Arguments that are needed here, by DSPy's names for them; there may be others.
+_OF_ITERATION = frozenset({"repl", "variables", "history", "iteration", "input_args", "output_field_names"})
+_OF_RESULT = frozenset({"pred", "result"})
 
 
 class Wrapped:
@@ -37,7 +40,7 @@ class Wrapped:
 
     def _execute_iteration(self, *args: Any, **kwargs: Any) -> Any:
         method = self._plain()._execute_iteration
-        arguments = _bound(method, args, kwargs, "repl")
+        arguments = _bound(method, args, kwargs, _OF_ITERATION)
         with running(self._call()) as call:
             iteration = Iteration(call, arguments.arguments, awaits=False)
             self._apply(arguments, *drive(iteration.begin()), iteration)
@@ -48,7 +51,7 @@ class Wrapped:
 
     async def _aexecute_iteration(self, *args: Any, **kwargs: Any) -> Any:
         method = self._plain()._aexecute_iteration
-        arguments = _bound(method, args, kwargs, "repl")
+        arguments = _bound(method, args, kwargs, _OF_ITERATION)
         with running(self._call()) as call:
             iteration = Iteration(call, arguments.arguments, awaits=True)
             self._apply(arguments, *await iteration.begin(), iteration)
@@ -84,7 +87,7 @@ class Wrapped:
             return method(*args, **kwargs)
         if iteration.error is not None:
             raise iteration.error
-        arguments = _bound(method, args, kwargs, "result")
+        arguments = _bound(method, args, kwargs, _OF_RESULT)
         iteration.pred = arguments.arguments["pred"]
 
         def record(result: Any) -> Any:
@@ -95,8 +98,8 @@ class Wrapped:
         if isinstance(result, Later):
             result.record = record
             return result
-        if not iteration.ran:  # a fence of another language
-            iteration.code, iteration.result = iteration.pred.code, result
+        if not iteration.ran:
+            iteration.did_not_run(iteration.pred.code, result)
         return record(result)
 
     def _plain(self) -> Any:
@@ -146,11 +149,13 @@ def _execute_code_of_3_1(repl: Any, code: str, input_args: dict[str, Any]) -> An
         return f"[Error] {error}"
 
 
-def _bound(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: str) -> inspect.BoundArguments:
-    """Return the arguments by name: a subclass may have ``*args`` where DSPy has the name ``known``."""
+def _bound(
+    method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needed: frozenset[str]
+) -> inspect.BoundArguments:
+    """Return the arguments by DSPy's names: a subclass may have ``*args`` in their place."""
     signature = inspect.signature(method)
     for kind in type(method.__self__).__mro__:
-        if known in signature.parameters:
+        if needed <= signature.parameters.keys():
             break
         if (inherited := vars(kind).get(method.__name__)) is not None:
             signature = inspect.signature(functools.partial(inherited, method.__self__))

@@ -513,6 +513,24 @@ def test_defect_methods_of_a_subclass_are_not_called(local: LocalFactory) -> Non
     assert type(program) is Own
 
 
+class Odd(dspy.RLM):  # type: ignore[misc]
+    """Runs code in a way that no hook can know of."""
+
+    def _execute_iteration(self, repl: Any, variables: Any, history: Any, *rest: Any) -> Any:
+        action = self.generate_action(variables_info=[], repl_history=history, iteration="1")
+        code = [action.code] if hasattr(dspy.RLM, "_execute_code") else []
+        return self._process_execution_result(action, *code, "ran", history, ["answer"])
+
+
+@pytest.mark.parametrize("name", ["pre_execution_hook", "post_execution_hook"])
+def test_a_hook_that_would_be_left_out_in_silence_ends_the_call(name: str, local: LocalFactory) -> None:
+    keyword = {"interpreter_factory": local} if versions.HAS_FACTORY else {"interpreter": local()}
+    program = Odd("q -> answer", **keyword)
+    enable_rlm_hooks(program, **{name: lambda *arguments: None})
+    with dspy.context(lm=writes("1", "2")), pytest.raises(HookError, match="Odd runs code in a way of its own"):
+        program(q="?")
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda p: p.deepcopy(), lambda p: p.reset_copy()])
 def test_copies_have_the_hooks_and_are_their_own(copied: Any, local: LocalFactory) -> None:
     program = rlm("q -> answer", local)
