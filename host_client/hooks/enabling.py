@@ -71,7 +71,10 @@ def enable_rlm_hooks(
 
 
 def disable_rlm_hooks(rlm: Any) -> None:
-    """Make an RLM what it was before ``enable_rlm_hooks``, at once; does nothing to one without hooks."""
+    """Make an RLM what it was before ``enable_rlm_hooks``; does nothing to one without hooks.
+
+    A call that is under way loses them too.
+    """
     if _has_hooks(rlm):
         rlm.__class__ = rlm.without_hooks
     rlm.__dict__.pop(ATTRIBUTE, None)

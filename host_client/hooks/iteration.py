@@ -230,7 +230,8 @@ class Iteration:
     async def end(self, outcome: Any) -> tuple[Any, bool]:
         """Run the last hook; return the outcome and whether to stop here."""
         submitted = not isinstance(outcome, type(self._history))
-        if submitted and not self._call.hooks.final:
+        turned_off = not hasattr(type(self._call.rlm), "without_hooks")
+        if turned_off or (submitted and not self._call.hooks.final):
             return outcome, False
         # The entry that a submission adds is only in the prediction.
         history = self._history.append(**outcome.trajectory[-1]) if submitted else outcome

@@ -39,22 +39,24 @@ class Wrapped:
     without_hooks: Any
 
     def _execute_iteration(self, *args: Any, **kwargs: Any) -> Any:
-        method = self._plain()._execute_iteration
+        plain = self._plain()
+        method = plain._execute_iteration
         arguments = _bound(method, args, kwargs, _OF_ITERATION)
         with running(self._call()) as call:
             iteration = Iteration(call, arguments.arguments, awaits=False)
-            self._apply(arguments, *drive(iteration.begin()), iteration)
+            self._apply(plain, arguments, *drive(iteration.begin()), iteration)
             with iteration.running():
                 outcome = method(*arguments.args, **arguments.kwargs)
             outcome, stop = drive(iteration.end(outcome))
             return cast("Any", self)._extract_fallback(*iteration.for_extraction(outcome)) if stop else outcome
 
     async def _aexecute_iteration(self, *args: Any, **kwargs: Any) -> Any:
-        method = self._plain()._aexecute_iteration
+        plain = self._plain()
+        method = plain._aexecute_iteration
         arguments = _bound(method, args, kwargs, _OF_ITERATION)
         with running(self._call()) as call:
             iteration = Iteration(call, arguments.arguments, awaits=True)
-            self._apply(arguments, *await iteration.begin(), iteration)
+            self._apply(plain, arguments, *await iteration.begin(), iteration)
             with iteration.running():
                 outcome = await method(*arguments.args, **arguments.kwargs)
             if iteration.later is not None:
@@ -68,8 +70,9 @@ class Wrapped:
             return await cast("Any", self)._aextract_fallback(*iteration.for_extraction(outcome)) if stop else outcome
 
     def _execute_code(self, repl: Any, code: str, input_args: dict[str, Any]) -> Any:
+        plain = getattr(self._plain(), "_execute_code", _execute_code_of_3_1)
+
         def execute(code: str) -> Any:
-            plain = getattr(self._plain(), "_execute_code", _execute_code_of_3_1)
             return plain(repl, code, input_args)
 
         iteration = self._iteration()
@@ -103,6 +106,7 @@ class Wrapped:
         return record(result)
 
     def _plain(self) -> Any:
+        # Asked for before any hook runs: one may turn the hooks off, and this is no object of the subclass any more.
         return super(self.with_hooks, self)
 
     def _call(self) -> Call:
@@ -114,10 +118,15 @@ class Wrapped:
         return None if call is None else call.iteration
 
     def _apply(
-        self, arguments: inspect.BoundArguments, variables: list[Any], inputs: dict[str, Any], iteration: Iteration
+        self,
+        plain: Any,
+        arguments: inspect.BoundArguments,
+        variables: list[Any],
+        inputs: dict[str, Any],
+        iteration: Iteration,
     ) -> None:
         arguments.arguments.update(variables=variables, input_args=inputs)
-        if not hasattr(self._plain(), "_execute_code"):
+        if not hasattr(plain, "_execute_code"):
             arguments.arguments["repl"] = _Seam(self, arguments.arguments["repl"], iteration)
 
 
@@ -132,6 +141,8 @@ class _Seam:
         self._rlm, self._repl, self._iteration = rlm, repl, iteration
 
     def execute(self, code: str, variables: dict[str, Any] | None = None) -> Any:
+        if not hasattr(self._rlm, "_execute_code"):  # hooks were turned off meanwhile
+            return self._repl.execute(code, variables=variables)
         try:
             return self._rlm._execute_code(self._repl, code, variables or {})
         except Exception as error:

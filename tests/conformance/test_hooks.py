@@ -365,6 +365,22 @@ def test_defect_turning_off_twice_or_what_was_never_on_fails(local: LocalFactory
     assert notes.seen == []
 
 
+@both_ways
+@pytest.mark.parametrize("name", ["pre_iteration", "pre_execution", "post_execution", "post_iteration"])
+def test_a_hook_may_turn_the_hooks_off(ask: Ask, name: str, local: LocalFactory) -> None:
+    def off(*arguments: Any) -> Any:
+        disable_rlm_hooks(program)
+        return getattr(notes, name)(*arguments)
+
+    program, notes = rlm("q -> answer", local), Notes()
+    enable_rlm_hooks(program, **{**notes.hooks(), f"{name}_hook": off})
+    with dspy.context(lm=writes("print(1)", "print(2)", "SUBMIT('x')")):
+        prediction = ask(program, q="?")
+    assert (prediction.answer, outputs_of(prediction)[:2]) == ("x", ["1\n", "2\n"])
+    assert {note[1] for note in notes.seen} == {0}  # none after that iteration
+    assert type(program) is dspy.RLM
+
+
 def test_defect_turning_on_another_hook_forgets_the_first(local: LocalFactory) -> None:
     program = rlm("q -> answer", local)
     enable_rlm_hooks(program, pre_execution_hook=lambda *a: PreExecutionOutput(code="print('hook')"))
