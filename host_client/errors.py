@@ -25,6 +25,7 @@
     │ └ CallGone                      a result came for a call that was cancelled
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
     ├ MalformedReply                  what came from the broker breaks the protocol
+    ├ HookError                       a hook around an RLM's iteration returned what it may not
     └ SessionLost                     the namespace is gone; ``reason`` says why
 
 While DSPy is in use, what ``SandboxInterpreter`` raises is also an instance of the class that the
@@ -205,6 +206,12 @@ class MalformedReply(SandboxError):
     """What came from the broker breaks the protocol; the sandbox is not asked again."""
 
     code = "malformed_reply"
+
+
+class HookError(SandboxError):
+    """A hook around an RLM's iteration returned what it may not, or code that fails; the message names the hook."""
+
+    code = "hook_error"
 
 
 class SessionLost(SandboxError):

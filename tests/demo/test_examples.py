@@ -109,6 +109,24 @@ def test_custom_tool_takes_hostile_text_as_a_name() -> None:
         orders_of("Ada' OR '1'='1")
 
 
+def test_the_four_hooks_bring_a_helper_block_a_name_and_give_a_hint(
+    interpreter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load("hooks_example").main(["--scripted"]) == 0
+    first, rest = capsys.readouterr().out.split("--- step 2\n")
+    assert "print(# BLOCKED(" in first
+    assert "-> [Error]" in first
+    assert "grep(search_pattern, text) is already in scope" in first
+    assert rest.splitlines()[-1] == "3 steps: TODO, HACK, FIXME"
+
+
+def test_the_budget_hook_stops_the_run_and_the_answer_is_extracted(
+    interpreter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load("hooks_example").main(["--scripted", "--budget", "0.03"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 steps: TODO, HACK, FIXME"
+
+
 def test_novel_analysis_covers_every_chapter_and_plots(
     interpreter: str, novel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
