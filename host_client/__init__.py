@@ -32,6 +32,7 @@ from host_client.errors import (
     EnginePermission,
     EngineUnavailable,
     Fenced,
+    FileRefused,
     ForeignSession,
     ImageBuildFailed,
     ImageMissing,
@@ -49,6 +50,7 @@ from host_client.errors import (
     UnknownSandbox,
     UnknownSession,
 )
+from host_client.progress import ToolEvent, progress
 from host_client.settings import SandboxSettings
 from host_client.tool_marks import current_call, tool
 
@@ -70,6 +72,7 @@ __all__ = [
     "EnginePermission",
     "EngineUnavailable",
     "Fenced",
+    "FileRefused",
     "ForeignSession",
     "ImageBuildFailed",
     "ImageMissing",
@@ -87,10 +90,12 @@ __all__ = [
     "SessionBusy",
     "SessionLost",
     "SetupError",
+    "ToolEvent",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
     "current_call",
+    "progress",
     "tool",
 ]
 
