@@ -87,8 +87,9 @@ class SessionFiles:
             MalformedReply: The session lied about it; nothing was written.
             SandboxError: What an execution raises.
         """
+        wanted = session_path(path)
         with self._connect() as link:
-            get_through(link, path, Path(host_path), max_bytes=max_bytes)
+            get_through(link, wanted, Path(host_path), max_bytes=max_bytes)
 
     def read(self, path: str, *, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
         """Return the content of one file of the session.
@@ -114,9 +115,8 @@ class SessionFiles:
         return entries if root.kind == "folder" else [dataclasses.replace(root, path=os.path.basename(wanted))]
 
 
-def get_through(link: Link, path: str, target: Path, *, max_bytes: int) -> None:
-    """Do what ``SessionFiles.get`` does, through a link that is open already."""
-    wanted = session_path(path)
+def get_through(link: Link, wanted: str, target: Path, *, max_bytes: int) -> None:
+    """Do what ``SessionFiles.get`` does, through a link that is open already, with a path that was checked."""
     root, entries = _listing(link, wanted)
     _require_regular([root, *entries], wanted, max_bytes)
     with new_target(target, folder=root.kind == "folder") as made:
