@@ -167,6 +167,10 @@ def tool(
     def mark(marked: Any) -> Any:
         label = _label(name, marked)
         check_runnable(label, marked)
+        if type(marked).__module__.partition(".")[0] == "dspy":
+            raise BadSetting(
+                f"tool {label!r} is a dspy.Tool already", help="declare its function: dspy.Tool(host_client.tool(...))"
+            )
         if where not in (HOST, SANDBOX):
             raise BadSetting(f"tool {label!r}: where must be 'host' or 'sandbox', got {where!r:.80}")
         marks = ToolMarks(

@@ -108,33 +108,25 @@ def test_places_are_shared_by_all_interpreters_of_the_process() -> None:
     assert crowd.most == 2
 
 
-def test_a_call_whose_execution_ends_while_it_waits_never_runs() -> None:
-    crowd, limits = Crowd(max_concurrent=1), ToolLimits()
+def test_a_call_whose_execution_ends_while_it_waits_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd, limits, waits = Crowd(max_concurrent=1), ToolLimits(), threading.Event()
+    gate = marks_of(crowd.tool).gate
+    assert gate is not None
+    wait = gate._changed.wait
+    # Called with the gate's lock held, so that whoever sees the event cannot come before the wait.
+    monkeypatch.setattr(gate._changed, "wait", lambda timeout: (waits.set(), wait(timeout)))
     with limits.execution("e-1"), ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, limits, crowd.tool)
         assert crowd.entered.acquire(timeout=WAIT_S)
         with limits.execution("e-2"):
             waiting = pool.submit(run, limits, crowd.tool, "e-2")
-            _until_it_waits(crowd)
+            assert waits.wait(WAIT_S)
         with pytest.raises(ExecutionEnded):
             waiting.result(WAIT_S)
         crowd.go.set()
         first.result(WAIT_S)
     assert crowd.most == 1
     assert not crowd.entered.acquire(blocking=False)
-
-
-def _until_it_waits(crowd: Crowd) -> None:
-    """The gate's condition knows who waits; there is no other way to see it from outside."""
-    gate = marks_of(crowd.tool).gate
-    assert gate is not None
-    give_up = threading.Event()
-    timer = threading.Timer(WAIT_S, give_up.set)
-    timer.start()
-    while not gate._changed._waiters and not give_up.is_set():  # type: ignore[attr-defined]
-        threading.Event().wait(0.001)
-    timer.cancel()
-    assert not give_up.is_set()
 
 
 def test_a_nested_call_does_not_wait_for_the_one_around_it() -> None:
@@ -157,6 +149,7 @@ def test_a_slow_tool_ends_as_a_timeout_error_and_keeps_its_place_until_it_is_don
             run(limits, crowd.tool)
         with pytest.raises(TimeoutError, match=r"work\(\) was not run: its 1 places were taken"):
             run(limits, crowd.tool)
+        assert crowd.entered.acquire(timeout=WAIT_S)
         assert crowd.most == 1
         crowd.go.set()
         assert _eventually_runs(limits, crowd) is None
@@ -173,7 +166,7 @@ def _eventually_runs(limits: ToolLimits, crowd: Crowd) -> Any:
 def test_an_async_tool_is_cancelled_at_its_limit() -> None:
     cancelled: Future[bool] = Future()
 
-    @tool(timeout_s=0.05)
+    @tool(timeout_s=0.5)  # a busy machine has begun it by then
     async def work() -> None:
         try:
             await asyncio.sleep(WAIT_S)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import dspy
@@ -94,6 +97,24 @@ def test_marks_are_found_below_dspys_wrappers() -> None:
         assert marks_of(each).max_calls == 2
         assert is_idempotent(each)
     assert dspy.Tool(marked).name == "seek"
+
+
+def test_a_dspy_tool_is_told_what_to_declare_instead() -> None:
+    with pytest.raises(BadSetting, match=r"'look_up' is a dspy\.Tool already"):
+        tool(dspy.Tool(look_up), max_calls=2)
+    declared = dspy.Tool(tool(look_up, max_calls=2, name="seek"))
+    assert marks_of(declared).max_calls == 2
+    assert [p.name for p in HostTool("seek", declared).definition.parameters or ()] == ["word"]
+
+
+def test_the_pages_table_is_the_options() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.MULTILINE))
+    options = {n: p for n, p in inspect.signature(tool).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(rows) == list(options)
+    shown = {name: cell.strip("`").strip('"') for name, cell in rows.items() if cell.startswith("`")}
+    assert shown == {name: str(options[name].default) for name in shown}
+    assert options.keys() - shown.keys() == {"name", "description"}
 
 
 @pytest.mark.parametrize(
