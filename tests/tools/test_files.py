@@ -248,3 +248,20 @@ def test_secrets_are_masked_even_across_two_steps(make: Make, tmp_path: Path) ->
     for content in ((tmp_path / "f").read_bytes(), interpreter.files.read("f")):
         assert content.endswith(b"xx[secret API_KEY]end")
         assert b"sesame" not in content
+
+
+def test_too_many_files_are_refused_on_both_sides(
+    interpreter: SandboxInterpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("host_client.files.MAX_ENTRIES", 3)
+    interpreter.execute("import os\nos.mkdir('d')\nfor i in range(4): open(f'd/{i}', 'w').close()")
+    (tmp_path / "d").mkdir()
+    for number in range(3):
+        (tmp_path / "d" / f"{number}").write_text("")
+    for use in (lambda: interpreter.files.list("d"), lambda: interpreter.files.get("d", tmp_path / "out")):
+        with pytest.raises(FileRefused, match="more than 3 files and folders"):
+            use()
+    with pytest.raises(FileRefused, match="more than 3 files and folders"):
+        interpreter.files.put(tmp_path / "d", "e")
+    assert interpreter.execute("os.remove('d/3'); sorted(os.listdir())") == ["d"]
+    assert len(interpreter.files.list("d")) == 3
