@@ -45,6 +45,8 @@ class Aside:
             why = record.outcome.value if record.error is None else f"{record.error.type}: {record.error.message}"
             raise MalformedReply(f"the session could not do {operation!r}: {why:.500}")
         reply = record.value
+        if isinstance(reply, str):
+            return reply
         if not isinstance(reply, dict):
             raise MalformedReply(f"the session gave no answer to {operation!r}")
         if "error" in reply:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from host_client.aside import Aside
-from host_client.errors import FileRefused, MalformedReply
+from host_client.errors import FileRefused
 from host_client.file_targets import Target, new_target
 from host_client.masking import Masker
-from host_client.session_paths import Entry, read_chunk, read_listing, session_path
+from host_client.session_paths import Entry, read_listing, read_parts, session_path
 
 #: What one step carries: large enough that the step itself costs little, small enough for any sandbox's memory.
 CHUNK_BYTES = 4 << 20
@@ -23,6 +23,8 @@ CHUNK_BYTES = 4 << 20
 DEFAULT_MAX_BYTES = 256 << 20
 #: Files and folders of one transfer.
 MAX_ENTRIES = 10_000
+#: Small files that share a step; a request of so many paths is still small.
+_MAX_BATCH = 500
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -214,34 +216,54 @@ def _require_regular(entries: list[Entry], wanted: str, max_bytes: int) -> None:
 
 
 def _receive(link: Link, root: str, entries: list[Entry], target: Target, max_bytes: int) -> None:
-    left = max_bytes
     for entry in entries:
         if entry.kind == "folder":
             target.make_folder(entry.path)
-            continue
-        with target.open(entry.path) as file:
-            for data in _chunks(link.aside, _joined(root, entry.path), left):
+    left = max_bytes
+    for batch in _batches([entry for entry in entries if entry.kind == "file"]):
+        wanted = [(_joined(root, entry.path), 0, min(entry.size_bytes, CHUNK_BYTES)) for entry in batch]
+        for entry, (path, _, _), (data, end) in zip(batch, wanted, _ask(link.aside, wanted), strict=True):
+            left -= len(data)
+            with target.open(entry.path) as file:
                 file.write(data)
-                left -= len(data)
-            if link.masker:
-                _mask(file, link.masker)
+                for more in () if end else _chunks(link.aside, path, left, offset=len(data)):
+                    file.write(more)
+                    left -= len(more)
+                if link.masker:
+                    _mask(file, link.masker)
 
 
-def _chunks(aside: Aside, path: str, most: int) -> Iterator[bytes]:
-    """Yield a file of the session.
+def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Yield files whose first parts fit into one step."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        part = min(entry.size_bytes, CHUNK_BYTES)
+        if batch and (size + part > CHUNK_BYTES or len(batch) >= _MAX_BATCH):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += part
+    if batch:
+        yield batch
+
+
+def _ask(aside: Aside, wanted: list[tuple[str, int, int]]) -> list[tuple[bytes, bool]]:
+    return read_parts(aside.ask("read", parts=wanted), [length for _, _, length in wanted])
+
+
+def _chunks(aside: Aside, path: str, most: int, *, offset: int = 0) -> Iterator[bytes]:
+    """Yield a file of the session from ``offset`` on.
 
     Raises:
-        FileRefused: It is longer than ``most`` bytes.
+        FileRefused: There are more than ``most`` bytes.
     """
-    offset, end = 0, False
+    left, end = most, False
     while not end:
-        wanted = min(CHUNK_BYTES, most - offset)
-        data, end = read_chunk(aside.ask("read", parts=[[path, offset, wanted]]), wanted)
-        if not end and len(data) < wanted:
-            raise MalformedReply(f"the session gave less than was asked for of {path!a:.500}")
-        offset += len(data)
-        if not end and offset >= most:
-            raise FileRefused(f"more than {most:,} bytes", path=path, help="max_bytes= allows more")
+        [(data, end)] = _ask(aside, [(path, offset, min(CHUNK_BYTES, left))])
+        offset, left = offset + len(data), left - len(data)
+        if not end and left <= 0:
+            raise FileRefused(f"more than {offset:,} bytes", path=path, help="max_bytes= allows more")
         yield data
 
 

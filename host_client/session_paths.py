@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import re
 from typing import Any
 
 from host_client.errors import FileRefused, MalformedReply
 
+_PART = re.compile(r"([0-9]{1,12}):([01])")
 _KINDS = ("file", "folder", "link", "other")
 _MAX_PATH_CHARS = 4_000
 _MAX_NAME_BYTES = 255
@@ -75,20 +77,33 @@ def read_listing(path: str, answer: Any, max_entries: int) -> tuple[Entry, list[
     return root, entries
 
 
-def read_chunk(answer: Any, wanted: int) -> tuple[bytes, bool]:
-    """Read a part of a file and whether the file ends with it.
+def read_parts(answer: Any, wanted: list[int]) -> list[tuple[bytes, bool]]:
+    """Read parts of files, each with whether its file ends there.
+
+    Args:
+        answer: What the session gave, see ``broker/worker/files.py``.
+        wanted: How many bytes of each were asked for.
 
     Raises:
-        MalformedReply: It is none, or longer than asked for.
+        MalformedReply: It is none, or gives other sizes than asked for.
     """
     try:
-        [part] = answer
-        data, end = base64.b64decode(_text(part["data"]), validate=True), part["end"]
-        if type(end) is not bool or len(data) > wanted:
-            raise ValueError("part")
-    except (KeyError, TypeError, ValueError, binascii.Error):
-        raise MalformedReply("the session gave no part of a file") from None
-    return data, end
+        head, _, text = _text(answer).partition("\n")
+        notes = [_PART.fullmatch(note) for note in head.split(" ")]
+        sizes = [(int(note[1]), note[2] == "1") for note in notes if note is not None]
+        data = base64.b64decode(text, validate=True)
+        if len(sizes) != len(wanted) or len(notes) != len(wanted) or sum(size for size, _ in sizes) != len(data):
+            raise ValueError("sizes")
+        if any(size > most or (size < most and not end) for (size, end), most in zip(sizes, wanted, strict=True)):
+            raise ValueError("size")
+    except (TypeError, ValueError, binascii.Error):
+        raise MalformedReply("the session gave other parts of files than it was asked for") from None
+    view, at = memoryview(data), 0
+    parts = []
+    for size, end in sizes:
+        parts.append((bytes(view[at : at + size]), end))
+        at += size
+    return parts
 
 
 def check_relative(path: str) -> None:

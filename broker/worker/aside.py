@@ -17,17 +17,18 @@ from broker.worker import artifacts, files
 SERVE, REQUEST = "__rlm_sandbox_serve__", "__rlm_sandbox_request__"
 
 
-def serve() -> dict[str, Any]:
+def serve() -> dict[str, Any] | str:
     """Do what the caller's namespace asks for.
 
     Returns:
-        ``{"answer": ...}``, or ``{"error": text, "path": path}``.
+        ``{"answer": ...}``, or an answer itself that is a text, or ``{"error": text, "path": path}``.
     """
     namespace = sys._getframe(1).f_globals
     namespace.pop(SERVE, None)
     request = namespace.pop(REQUEST)
     try:
-        return {"answer": OPERATIONS[request.pop("operation")](**request)}
+        answer = OPERATIONS[request.pop("operation")](**request)
+        return answer if isinstance(answer, str) else {"answer": answer}
     except files.Refused as refused:
         return {"error": str(refused), "path": refused.path}
     except OSError as error:

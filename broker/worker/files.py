@@ -77,19 +77,22 @@ def kind_of(status: os.stat_result) -> str:
     return FILE if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else LINK if stat.S_ISLNK(mode) else OTHER
 
 
-def read(parts: list[list[Any]]) -> list[dict[str, Any]]:
+def read(parts: list[list[Any]]) -> str:
     """Read parts of files.
 
     Args:
         parts: ``[path, offset, length]`` of each, in bytes.
 
     Returns:
-        ``{"data": base64, "end": whether the file ends there}`` of each.
+        A line with ``size:end`` of each, where ``end`` is 1 where the file ends there, else 0; then all of the data, in
+        base64. One text, because only a text is not shown, at some cost, as its ``repr`` too.
     """
-    return [_read(*part) for part in parts]
+    read = [_read(*part) for part in parts]
+    sizes = " ".join(f"{len(data)}:{end:d}" for data, end in read)
+    return f"{sizes}\n{base64.b64encode(b''.join(data for data, _ in read)).decode('ascii')}"
 
 
-def _read(path: str, offset: int, length: int) -> dict[str, Any]:
+def _read(path: str, offset: int, length: int) -> tuple[bytes, bool]:
     fd = os.open(os.path.join(home(), path), _READ_FLAGS)
     try:
         _require_file(fd, path)
@@ -102,7 +105,7 @@ def _read(path: str, offset: int, length: int) -> dict[str, Any]:
     finally:
         os.close(fd)
     data = b"".join(pieces)
-    return {"data": base64.b64encode(data[:length]).decode("ascii"), "end": len(data) <= length}
+    return data[:length], len(data) <= length
 
 
 def make_folders(paths: list[str]) -> None:

@@ -38,13 +38,21 @@ def session(answer: Answer) -> tuple[SessionFiles, Link]:
     return SessionFiles(connect), link
 
 
+def part(*parts: tuple[bytes, bool]) -> str:
+    """Spell parts of files as a session does."""
+    sizes = " ".join(f"{len(data)}:{end:d}" for data, end in parts)
+    return f"{sizes}\n{base64.b64encode(b''.join(data for data, _ in parts)).decode()}"
+
+
 def folder(entries: Any, data: bytes = b"evil") -> SessionFiles:
     """A session with a folder of these entries."""
 
     def answer(request: dict[str, Any]) -> Any:
         if request["operation"] == "list":
             return {"answer": {"kind": "folder", "size": 0, "entries": entries}}
-        return {"answer": [{"data": base64.b64encode(data).decode(), "end": True}]}
+        wanted = [length for _, _, length in request["parts"]]
+        assert set(wanted) <= {len(data)}
+        return part(*[(data, True)] * len(wanted))
 
     return session(answer)[0]
 
@@ -127,33 +135,35 @@ def test_a_file_that_grows_without_end_is_cut_off_and_nothing_is_left(target: Pa
             return {"answer": {"kind": "file", "size": 1, "entries": []}}
         [[_, _, length]] = request["parts"]
         asked.append(length)
-        return {"answer": [{"data": base64.b64encode(bytes(length)).decode(), "end": False}]}
+        return part((bytes(length), False))
 
     with pytest.raises(FileRefused, match="more than 1,000 bytes"):
         session(answer)[0].get("f", target, max_bytes=1000)
-    assert asked == [1000]
+    assert asked == [1, 999]
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
-    "part",
+    "text",
     [
-        None,
-        [],
-        [{}],
-        [{"data": "", "end": False}],  # for ever nothing
-        [{"data": "AAAA", "end": 1}],
-        [{"data": "not base64!", "end": True}],
-        [{"data": b"AAAA", "end": True}],
-        [{"data": base64.b64encode(bytes(1001)).decode(), "end": True}],
-        [{"data": "", "end": True}, {"data": "", "end": True}],
+        "",
+        "4:1",
+        "3:0\nAAAA",  # less than asked for, and yet not the end: for ever nothing
+        "4:1\nAAAA",  # three bytes are no four
+        "4:2\nAAAAAA==",
+        "-4:1\nAAAAAA==",
+        "4:1 0:1\nAAAAAA==",
+        "4:1\nnot base64!",
+        "5:1\nAAAAAAA=",  # more than asked for
+        "9999999999999:1\nAAAA",
+        "²:1\nAAAA",
     ],
 )
-def test_a_part_that_is_none_writes_nothing(target: Path, part: Any) -> None:
+def test_a_part_that_is_none_writes_nothing(target: Path, text: str) -> None:
     def answer(request: dict[str, Any]) -> Any:
         if request["operation"] == "list":
-            return {"answer": {"kind": "file", "size": 1, "entries": []}}
-        return {"answer": part}
+            return {"answer": {"kind": "file", "size": 4, "entries": []}}
+        return text
 
     with pytest.raises(MalformedReply):
         session(answer)[0].get("f", target, max_bytes=1000)
@@ -212,7 +222,7 @@ def test_a_link_inside_the_artefacts_folder_of_the_host_is_not_followed(tmp_path
             return {"answer": [["sub/evil.txt", 4, 1]]}
         if request["operation"] == "list":
             return {"answer": {"kind": "file", "size": 4, "entries": []}}
-        return {"answer": [{"data": "AAAA", "end": True}]}
+        return part((b"evil", True))
 
     files, link = session(answer)
     [artifact] = Artifacts(files, out).collect(link)
