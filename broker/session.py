@@ -177,7 +177,8 @@ class Session:
         if self._running is not None:
             raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
         if request.tools is not None:
-            self.tool_names = frozenset(tool.name for tool in request.tools)
+            # One with source runs in the worker: a call of it that comes to the broker is forged.
+            self.tool_names = frozenset(tool.name for tool in request.tools if tool.source is None)
             self._idempotent = frozenset(tool.name for tool in request.tools if tool.idempotent)
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
         self._running = execution

@@ -32,6 +32,7 @@ from host_client.errors import (
     EnginePermission,
     EngineUnavailable,
     Fenced,
+    FileRefused,
     ForeignSession,
     HookError,
     ImageBuildFailed,
@@ -50,6 +51,7 @@ from host_client.errors import (
     UnknownSandbox,
     UnknownSession,
 )
+from host_client.progress import ToolEvent, progress
 from host_client.settings import SandboxSettings
 from host_client.tool_marks import current_call, tool
 
@@ -71,6 +73,7 @@ __all__ = [
     "EnginePermission",
     "EngineUnavailable",
     "Fenced",
+    "FileRefused",
     "ForeignSession",
     "HookError",
     "ImageBuildFailed",
@@ -89,10 +92,12 @@ __all__ = [
     "SessionBusy",
     "SessionLost",
     "SetupError",
+    "ToolEvent",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
     "current_call",
+    "progress",
     "tool",
 ]
 

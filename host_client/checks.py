@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import os
 import re
 from collections.abc import Mapping, Set
 from typing import Any
@@ -12,7 +13,7 @@ from broker.protocol.messages import OutputField
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
-from host_client.tool_definitions import RESERVED_NAMES, check_tool
+from host_client.tool_definitions import RESERVED_NAMES, named_tools
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FIELD_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "NoneType"})
@@ -31,16 +32,15 @@ def check_keywords(
     idempotent: Any = (),
     journal: Any = None,
     secrets: Any = None,
+    on_tool_event: Any = None,
+    artifacts_to: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
     Raises:
         BadSetting: One of them cannot work; the message names it.
     """
-    if tools is not None and not isinstance(tools, Mapping):
-        raise BadSetting(f"tools must be a dict of name and callable, got {type(tools).__name__}")
-    for name, function in (tools or {}).items():
-        check_tool(name, function)
+    named_tools(tools)
     read_output_fields(output_fields)
     if settings is not None and not isinstance(settings, SandboxSettings):
         raise BadSetting(f"settings must be a SandboxSettings, got {type(settings).__name__}")
@@ -52,6 +52,10 @@ def check_keywords(
     if journal is not None and not callable(getattr(journal, "intend", None)):
         raise BadSetting(f"journal must be a Journal, got {type(journal).__name__}; a path belongs in the settings")
     Secrets.of(secrets)
+    if on_tool_event is not None and not callable(on_tool_event):
+        raise BadSetting(f"on_tool_event must be callable, got {type(on_tool_event).__name__}")
+    if artifacts_to is not None and not isinstance(artifacts_to, (str, os.PathLike)):
+        raise BadSetting(f"artifacts_to must be the path of a folder, got {type(artifacts_to).__name__}")
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
     check_timeout(execution_timeout_s)

@@ -15,6 +15,7 @@
     │ ├ UnknownSession                there is no such session to attach to, or more than one
     │ ├ ForeignSession                it is in another user's sandbox
     │ └ UnknownSandbox                no running sandbox has that name
+    ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
     ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
     ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
     ├ ProtocolMismatch                host and image speak different versions
@@ -134,6 +135,22 @@ class UnknownSandbox(SetupError):
     """No running sandbox has that name."""
 
     code = "unknown_sandbox"
+
+
+class FileRefused(SandboxError):
+    """A file or folder cannot be put into a session, or got from it.
+
+    Args:
+        message: What is wrong with it.
+        path: Which one; a path that came from a session is shown without control characters.
+    """
+
+    code = "file_refused"
+
+    def __init__(self, message: str, *, path: str, help: str | None = None) -> None:
+        shown = path if path.isprintable() else ascii(path)
+        super().__init__(f"{shown[:500]}: {message}", help=help)
+        self.path = path
 
 
 class ProviderError(SandboxError):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from host_client import checks
+from host_client.artifacts import INSTRUCTIONS
 from host_client.errors import BadSetting
 from host_client.sandbox_session import default_provider
 from host_client.settings import SandboxSettings
@@ -28,6 +29,8 @@ _KEYWORDS = {
     "idempotent": (),
     "journal": None,
     "secrets": None,
+    "on_tool_event": None,
+    "artifacts_to": None,
 }
 
 
@@ -59,7 +62,7 @@ class InterpreterFactory:
             settings = dataclasses.replace(settings, secrets=secrets)
         self._kind = kind
         self._keywords = {**given, "settings": settings}
-        self.execution_instructions = execution_instructions(settings)
+        self.execution_instructions = execution_instructions(settings, artifacts=given.get("artifacts_to") is not None)
         # Guards _provider and _pid: one provider for all interpreters of a process, made at the first call.
         self._lock = threading.Lock()
         self._given_provider = self._provider = provider
@@ -89,15 +92,16 @@ class InterpreterFactory:
             return self._provider
 
 
-def execution_instructions(settings: SandboxSettings) -> str:
+def execution_instructions(settings: SandboxSettings, *, artifacts: bool = False) -> str:
     """Return what a model should know about the sandbox before it writes code for it."""
     packages = ", ".join(("numpy", "pandas", *settings.packages))
     secrets = f" These environment variables are set: {', '.join(settings.secrets)}." if settings.secrets else ""
+    handed_over = INSTRUCTIONS if artifacts else ""
     network = "with" if settings.network else "without"
     return (
         f"Code runs as full CPython in an isolated Linux container {network} network access. Variables, imports and "
         "functions persist between executions; input variables are set anew before each one. The standard library and "
         f"{packages} are installed; subprocesses, threads and files under /tmp work. What is printed is shown, and the "
         "value of the last expression too. Tools are global functions (see help(tool)); they may be called from "
-        f"threads and raise ordinary exceptions. SUBMIT ends the execution at once.{secrets}"
+        f"threads and raise ordinary exceptions. SUBMIT ends the execution at once.{secrets}{handed_over}"
     )

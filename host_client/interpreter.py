@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from broker.protocol import limits
 from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, OutputField
 from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
 from host_client import checks
+from host_client.artifacts import Artifact, Artifacts
+from host_client.aside import STEP_TIMEOUT_S, Aside
 from host_client.broker_client import News
 from host_client.dspy_compat import DspyContract, contract, observed
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions
+from host_client.files import Link, SessionFiles
 from host_client.journal import Journal
+from host_client.progress import Listener, reporting
 from host_client.providers.base import SandboxHandle, SandboxProvider
-from host_client.results import ExecutionRecord, deliver
+from host_client.results import ExecutionRecord, deliver, lost_session
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
+from host_client.sandbox_tools import check_shipped
 from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
-from host_client.tool_definitions import ToolTable
-from host_client.tool_runner import ToolCalls, await_result
+from host_client.tool_definitions import ToolTable, named_tools
+from host_client.tool_limits import ToolLimits
+from host_client.tool_runner import ToolCalls
 
 #: Outcomes after which the variables have surely arrived; after others they have if a line of the code is known.
 _ARRIVED = frozenset({Outcome.OK, Outcome.SUBMITTED})
@@ -41,8 +48,9 @@ class SandboxInterpreter:
     before DSPy 3.3, ``interpreter=SandboxInterpreter()``.
 
     Args:
-        tools: Host functions that generated code may call by name. Parameters annotated with pydantic models get
-            model instances. Coroutine functions are awaited, on a thread of their own.
+        tools: Host functions that generated code may call, by name, or a list of them; see ``host_client.tool``.
+            Parameters annotated with pydantic models get model instances. Coroutine functions are awaited, on a
+            thread of their own.
         output_fields: Fields of SUBMIT, such as ``[{"name": "answer", "type": "str"}]``; None for any one value.
         execution_timeout_s: Deadline of one ``execute`` in seconds, host tools included (see
             ``SandboxSettings.timeout_includes_tools``), or None.
@@ -56,6 +64,8 @@ class SandboxInterpreter:
         secrets: Environment variables of generated code, ``{"NAME": value}`` or ``["NAME"]`` for one of this process'
             environment; in place of those in the settings. Their values are masked in whatever comes back.
         provider: Where sandboxes come from; by default what the settings say.
+        on_tool_event: Called with a ``ToolEvent`` when a tool starts, reports progress or ends; on the tool's thread.
+        artifacts_to: Folder where the session's artefacts are saved after each execution; see ``artifacts``.
 
     Raises:
         BadSetting: An argument that cannot work.
@@ -63,7 +73,7 @@ class SandboxInterpreter:
 
     def __init__(
         self,
-        tools: Mapping[str, Callable[..., Any]] | None = None,
+        tools: Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]] | None = None,
         output_fields: list[dict[str, Any]] | None = None,
         *,
         execution_timeout_s: float | None = 300.0,
@@ -76,6 +86,8 @@ class SandboxInterpreter:
         journal: Journal | None = None,
         secrets: Mapping[str, str] | Collection[str] | None = None,
         provider: SandboxProvider | None = None,
+        on_tool_event: Listener | None = None,
+        artifacts_to: str | os.PathLike[str] | None = None,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -89,8 +101,10 @@ class SandboxInterpreter:
             idempotent=idempotent,
             journal=journal,
             secrets=secrets,
+            on_tool_event=on_tool_event,
+            artifacts_to=artifacts_to,
         )
-        self._tools: dict[str, Callable[..., Any]] = dict(tools or {})
+        self._tools: dict[str, Callable[..., Any]] = named_tools(tools)
         self.output_fields = output_fields
         self.execution_timeout_s = execution_timeout_s
         self.settings = settings if settings is not None else SandboxSettings.from_environment()
@@ -104,6 +118,11 @@ class SandboxInterpreter:
         self._idempotent, self._given_journal = tuple(idempotent), journal
         self._dspy = contract()
         self._table = ToolTable(idempotent)
+        self._limits = ToolLimits()
+        self.on_tool_event = on_tool_event
+        self._artifacts_to = artifacts_to
+        self.files = SessionFiles(self._linked)
+        self._artifacts = Artifacts(self.files, artifacts_to)
         self._alone = _Alone(self._dspy)
         # Held while a session is opened; whoever comes second finds it open.
         self._starting = threading.Lock()
@@ -159,14 +178,30 @@ class SandboxInterpreter:
 
     @tools.setter
     def tools(self, tools: Mapping[str, Callable[..., Any]]) -> None:
-        copied = dict(tools)
+        copied = named_tools(tools)
         self._tools.clear()
         self._tools.update(copied)
 
     @property
     def execution_instructions(self) -> str:
         """What a model should know about where its code runs."""
-        return execution_instructions(self.settings)
+        return execution_instructions(self.settings, artifacts=self._artifacts.saves)
+
+    @property
+    def artifacts(self) -> list[Artifact]:
+        """What generated code made for people: figures, tables, and files in ``artifacts/`` of its folder.
+
+        With ``artifacts_to`` as it was after the last execution, which the end of the session does not change. Else
+        the session is asked, and there is nothing without one.
+
+        Raises:
+            SessionBusy: Code is running.
+            SandboxError: The session gave no answer.
+        """
+        if self._artifacts.saves or self._session is None:
+            return list(self._artifacts.latest)
+        with self._linked() as link:
+            return list(self._artifacts.collect(link))
 
     @property
     def sandbox_handle(self) -> SandboxHandle | None:
@@ -239,7 +274,8 @@ class SandboxInterpreter:
         tool = self._table.get(tool_name)
         if tool is None:
             raise NameError(f"there is no tool {tool_name!r}")
-        return await_result(tool.call(args, kwargs))
+        with reporting(self.on_tool_event, tool_name):
+            return self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs))
 
     @observed
     def shutdown(self) -> None:
@@ -276,6 +312,8 @@ class SandboxInterpreter:
             idempotent=self._idempotent,
             journal=self._given_journal,
             provider=self._provider,
+            on_tool_event=self.on_tool_event,
+            artifacts_to=self._artifacts_to,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -291,6 +329,10 @@ class SandboxInterpreter:
         variables = checks.check_variables(variables, self._table.names())
         session = self._open()
         self._resume(session)
+        if not session.tools_sent:
+            check_shipped(self._table.shipped(), self._aside(session).aside)
+        if self._artifacts.saves and session.known_fields is None:  # before its first code: what it shows is kept
+            self._artifacts.collect_quietly(self._aside(session))
         encoder = Encoder(keeper=session.keeper, lazy=True)
         arrived = False
         try:
@@ -300,7 +342,34 @@ class SandboxInterpreter:
         finally:
             session.keeper.settle(arrived=arrived)
         session.tools_sent, session.known_fields = True, fields or ()
+        if self._artifacts.saves and record.session_lost is None:
+            self._artifacts.collect_quietly(self._aside(session))
         return self._deliver(record)
+
+    @contextlib.contextmanager
+    def _linked(self) -> Iterator[Link]:
+        """Open the session where it is not, and keep executions off."""
+        with self._alone:
+            session = self._open()
+            self._resume(session)
+            yield self._aside(session)
+
+    def _aside(self, session: SandboxSession) -> Link:
+        return Link(Aside(lambda code, variables: self._run_aside(session, code, variables)), session.masker)
+
+    def _run_aside(self, session: SandboxSession, code: str, variables: dict[str, Any]) -> ExecutionRecord:
+        """Run code of our own: ``last_result``, tools and fields stay as they are."""
+        encoder = Encoder()
+        request = ExecuteRequest(
+            execution_id=os.urandom(16).hex(),
+            code=code,
+            variables={name: encoder.encode(value, name) for name, value in variables.items()},
+            timeout_s=STEP_TIMEOUT_S,
+        )
+        record = self._run(session, request, encoder)
+        if record.session_lost is not None:
+            raise self._close_lost(session, lost_session(record))
+        return record
 
     def _resume(self, session: SandboxSession) -> ExecutionRecord | None:
         """Fetch what the older client's execution gave; carry it to its end first where it runs."""
@@ -308,7 +377,8 @@ class SandboxInterpreter:
         if execution_id is None:
             return None
         calls = self._calls(session, execution_id)
-        record = self._follow(session, calls, lambda execution: execution.resume(execution_id))
+        with self._limits.execution(execution_id):
+            record = self._follow(session, calls, lambda execution: execution.resume(execution_id))
         session.unfinished = None
         self.resumed_result = record
         return record
@@ -320,9 +390,13 @@ class SandboxInterpreter:
             return deliver(record, self._dspy, for_model=self.output_fields is not None)
         except SessionLost as lost:
             if session is not None:
-                session.close()
-                self._lose(session, lost)
+                self._close_lost(session, lost)
             raise
+
+    def _close_lost(self, session: SandboxSession, lost: SessionLost) -> SessionLost:
+        session.close()
+        self._lose(session, lost)
+        return lost
 
     def _request(
         self,
@@ -350,7 +424,8 @@ class SandboxInterpreter:
 
     def _run(self, session: SandboxSession, request: ExecuteRequest, encoder: Encoder) -> ExecutionRecord:
         calls = self._calls(session, request.execution_id)
-        return self._follow(session, calls, lambda execution: execution.run(request, encoder.blobs))
+        with self._limits.execution(request.execution_id):
+            return self._follow(session, calls, lambda execution: execution.run(request, encoder.blobs))
 
     def _calls(self, session: SandboxSession, execution_id: str) -> ToolCalls:
         return ToolCalls(

@@ -68,7 +68,7 @@ def deliver(record: ExecutionRecord, dspy: DspyContract, *, for_model: bool) -> 
         Exception: The class for errors that the model can repair.
     """
     if record.session_lost is not None or record.outcome is Outcome.WORKER_DIED:
-        raise dspy.terminal(_lost(record))
+        raise dspy.terminal(lost_session(record))
     if record.outcome is Outcome.SUBMITTED:
         return dspy.final_output(record.value)
     if record.outcome is not Outcome.OK:
@@ -125,7 +125,8 @@ def _describe(error: ErrorInfo | None) -> str:
     return last if not frames else frames if last.rstrip() in frames else f"{frames}\n{last}"
 
 
-def _lost(record: ExecutionRecord) -> SessionLost:
+def lost_session(record: ExecutionRecord) -> SessionLost:
+    """Return the error for an execution with which the session was lost."""
     reason = record.session_lost or "crashed"
     message = f"the sandbox's session was lost ({reason}); its variables are gone"
     if record.error is not None:

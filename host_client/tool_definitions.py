@@ -7,12 +7,13 @@ import inspect
 import keyword
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from broker.protocol.messages import ToolDefinition, ToolParameter
 from host_client.errors import BadSetting
-from host_client.tool_marks import is_idempotent
+from host_client.tool_docs import with_returns
+from host_client.tool_marks import check_runnable, marks_of, name_of
 
 #: Longer texts of defaults, annotations and docstrings say nothing more to a model.
 _MAX_DEFAULT_CHARS = 200
@@ -37,9 +38,10 @@ class HostTool:
     def __init__(self, name: str, function: Callable[..., Any], *, idempotent: bool = False) -> None:
         self.name = name
         self.function = function
+        self.marks = marks_of(function)
         self.signature = _signature(function)
         self._adapters = {} if _is_dspy_tool(function) else _model_adapters(function, self.signature)
-        self.definition = _definition(name, function, self.signature, idempotent or is_idempotent(function))
+        self.definition = _definition(self, idempotent or self.marks.idempotent)
 
     def call(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call the function; what it returns may still have to be awaited.
@@ -50,7 +52,10 @@ class HostTool:
 
         Raises:
             TypeError: The arguments do not fit the signature.
+            NameError: It runs in the sandbox: whoever calls it here has forged the call.
         """
+        if self.marks.shipped is not None:
+            raise NameError(f"there is no tool {self.name!r} on the host; it runs in the sandbox")
         if args and self.signature is not None:
             args, kwargs = _by_keyword(self.signature, args, kwargs)
         for name in self._adapters.keys() & kwargs.keys():
@@ -80,6 +85,10 @@ class ToolTable:
     def names(self) -> frozenset[str]:
         """Return the names of the last refresh."""
         return frozenset(self._tools)
+
+    def shipped(self) -> tuple[HostTool, ...]:
+        """Return the tools of the last refresh that run in the sandbox."""
+        return tuple(tool for tool in self._tools.values() if tool.marks.shipped is not None)
 
     def definitions(self) -> tuple[ToolDefinition, ...]:
         """Return what the sandbox is told."""
@@ -126,8 +135,42 @@ def check_tool(name: Any, function: Any) -> None:
         raise BadSetting(f"tool name {name!r} is taken: the sandbox defines it")
     if name in _BUILTIN_NAMES:
         raise BadSetting(f"tool name {name!r} would hide Python's builtin of that name; give the tool another name")
-    if not callable(function):
-        raise BadSetting(f"tool {name!r} is not callable: {type(function).__name__}")
+    check_runnable(name, function)
+
+
+def named_tools(tools: Mapping[str, Callable[..., Any]] | Iterable[Callable[..., Any]] | None) -> dict[str, Any]:
+    """Return tools by name: a dict as it is, a list by the tools' own names.
+
+    Raises:
+        BadSetting: Neither, a tool of a list without a name, two of the same name, or one that could not work.
+    """
+    if tools is None:
+        return {}
+    if isinstance(tools, Mapping):
+        named = dict(tools)
+    elif isinstance(tools, (list, tuple)):
+        named = _by_name(tools)
+    else:
+        raise BadSetting(f"tools must be a dict of name and callable, or a list of them, got {type(tools).__name__}")
+    for name, function in named.items():
+        check_tool(name, function)
+    return named
+
+
+def _by_name(tools: Iterable[Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for function in tools:
+        name = name_of(function)
+        if name is None:
+            raise BadSetting(
+                f"tools: {function!r:.80} has no name", help="give it one: host_client.tool(function, name='...')"
+            )
+        if name in named:
+            raise BadSetting(
+                f"tools: there are two called {name!r}", help="rename one: host_client.tool(function, name='...')"
+            )
+        named[name] = function
+    return named
 
 
 def _is_dspy_tool(function: Any) -> bool:
@@ -190,13 +233,18 @@ def _by_keyword(
     return positional, named
 
 
-def _definition(name: str, function: Any, signature: inspect.Signature | None, idempotent: bool) -> ToolDefinition:
+def _definition(tool: HostTool, idempotent: bool) -> ToolDefinition:
+    function: Any = tool.function
+    signature, shipped = tool.signature, tool.marks.shipped
     described = function.func if _is_dspy_tool(function) else function
     doc = (getattr(function, "desc", None) if described is not function else None) or inspect.getdoc(described) or ""
-    parameters = None if signature is None else _parameters(signature)
-    returns = None if signature is None else _annotation(signature.return_annotation)
     return ToolDefinition(
-        name=name, parameters=parameters, doc=doc[:_MAX_DOC_CHARS], returns=returns, idempotent=idempotent
+        name=tool.name,
+        parameters=None if signature is None else _parameters(signature),
+        doc=with_returns(doc, described, signature_shown=True)[:_MAX_DOC_CHARS],
+        returns=None if signature is None else _annotation(signature.return_annotation),
+        idempotent=idempotent,
+        source=None if shipped is None else shipped.text,
     )
 
 

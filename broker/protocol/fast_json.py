@@ -1,7 +1,7 @@
 """orjson in the place of the standard library's JSON, for the broker and the host.
 
-It takes a fifth of the time, which is a fifth of a warm execution's. DSPy needs it on the host, and the broker has it in
-the image; the worker, whose packages are generated code's, does without, and so does whoever has it not.
+It takes a fifth of the time, which is a fifth of a warm execution's. DSPy needs it on the host, and the broker has it
+in the image; the worker, whose packages are generated code's, does without, and so does whoever has it not.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class ToolDefinition:
         doc: Docstring for ``help(tool)``.
         returns: Text of the return annotation, or None.
         idempotent: Whether the host says that running it twice does no harm: after a crash it is run again.
+        source: Where given, the tool runs in the sandbox and the host is not asked: Python source that binds a function
+            to ``__tool__``, run in a namespace of its own at the first call.
     """
 
     name: str
@@ -61,16 +63,20 @@ class ToolDefinition:
     doc: str = ""
     returns: str | None = None
     idempotent: bool = False
+    source: str | None = None
 
     def to_json(self) -> JsonObject:
         parameters = None if self.parameters is None else [p.to_json() for p in self.parameters]
-        return {
+        data: JsonObject = {
             "name": self.name,
             "parameters": parameters,
             "doc": self.doc,
             "returns": self.returns,
             "idempotent": self.idempotent,
         }
+        if self.source is not None:
+            data["source"] = self.source
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> ToolDefinition:
@@ -84,6 +90,7 @@ class ToolDefinition:
             doc=read.text("doc", ""),
             returns=read.optional_text("returns"),
             idempotent=read.flag("idempotent", False),
+            source=read.optional_text("source"),
         )
 
 

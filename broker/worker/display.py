@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from broker.protocol import limits
+from broker.worker import shown
 
 _ATOMS = frozenset({type(None), bool, int, float, str})
 
@@ -29,6 +30,7 @@ def display(value: Any) -> str | None:
     """Return what a REPL prints for a value: nothing for None, a str as it is, else its ``repr``, bounded."""
     if value is None:
         return None
+    shown.note(value)
     try:
         text = str.__str__(value) if isinstance(value, str) else _repr(value)
     except Exception as error:

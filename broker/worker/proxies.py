@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from broker.protocol.messages import ToolDefinition
+from broker.worker.shipped import ShippedFunction
 from broker.worker.signatures import SourceText, make_check, make_signature
 from broker.worker.tool_calls import ToolCalls
 
@@ -37,12 +38,21 @@ class Proxies:
 
 
 def make_proxy(definition: ToolDefinition, calls: ToolCalls) -> Any:
-    """Return a function with the tool's name, signature and docstring that calls it and waits.
+    """Return a function with the tool's name, signature and docstring that calls it and waits, or runs its source.
 
     It takes ``*args`` and ``**kwargs`` only, so that parameters of the tool may have any name.
     """
     name, call, parameters = definition.name, calls.call, definition.parameters
-    if parameters is None:
+    if definition.source is not None:
+        shipped = ShippedFunction(name, definition.source)
+
+        def tool(*args: Any, **kwargs: Any) -> Any:
+            return shipped.function()(*args, **kwargs)
+
+        if parameters is not None:
+            tool.__signature__ = make_signature(parameters, definition.returns)  # type: ignore[attr-defined]
+
+    elif parameters is None:
 
         def tool(*args: Any, **kwargs: Any) -> Any:
             return call(name, (), args, kwargs)

@@ -11,6 +11,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from host_client.progress import progress
+
 # One line fits a terminal twice over; a paragraph does not.
 MAX_LINE_CHARS = 300
 
@@ -31,7 +33,9 @@ def public_names() -> list[str]:
     """
     import dspy
 
-    return sorted(name for name in dir(dspy) if not name.startswith("_"))
+    names = sorted(name for name in dir(dspy) if not name.startswith("_"))
+    progress(1.0, f"{len(names)} names in the live package")
+    return names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

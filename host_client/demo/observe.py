@@ -16,6 +16,7 @@ from dspy.primitives.code_interpreter import FinalOutput
 from dspy.utils.callback import BaseCallback
 
 from host_client.demo.run_log import RunLog
+from host_client.progress import PROGRESS, ToolEvent
 
 
 class ActionCallback(BaseCallback):  # type: ignore[misc]
@@ -42,6 +43,8 @@ class WatchedInterpreter:
         self._inner = inner
         self._log = log
         self._started = False
+        if getattr(inner, "on_tool_event", self) is None:  # ours, and nobody else listens
+            inner.on_tool_event = self._tool_event
 
     @property
     def tools(self) -> dict[str, Callable[..., Any]]:
@@ -85,6 +88,10 @@ class WatchedInterpreter:
     def shutdown(self) -> None:
         """Shut the inner interpreter down."""
         self._inner.shutdown()
+
+    def _tool_event(self, event: ToolEvent) -> None:
+        if event.kind == PROGRESS:
+            self._log.tool_progress(event.tool, event.message)
 
     def _watch_tools(self) -> None:
         for name, tool in self.tools.items():

@@ -108,6 +108,11 @@ class RichScreen(Screen):
         batch = f" with {count(tool.queries, 'prompt')}" if tool.queries else ""
         self._ticker.activity = f"iteration {record.number}: {clean(tool.name)}{batch} on the host"
 
+    def tool_progress(self, record: IterationRecord, tool: str, message: str) -> None:
+        """Show on the live line how far a tool is."""
+        told = one_line(f"{tool} on the host, {message}", self._width // 2)
+        self._ticker.activity = f"iteration {record.number}: {told}"
+
     def iteration_ended(self, record: IterationRecord) -> None:
         """Show output, tool calls and times."""
         failed = record.outcome == "error"

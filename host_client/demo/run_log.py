@@ -72,6 +72,9 @@ class Watcher(Protocol):
     def tool_started(self, record: IterationRecord, tool: ToolRecord) -> None:
         """Generated code called the host."""
 
+    def tool_progress(self, record: IterationRecord, tool: str, message: str) -> None:
+        """A tool said how far it is."""
+
     def iteration_ended(self, record: IterationRecord) -> None:
         """The code ended, in whichever way."""
 
@@ -161,6 +164,12 @@ class RunLog:
             if self.iterations:
                 self._watcher.tool_started(self.iterations[-1], tool)
         return tool
+
+    def tool_progress(self, name: str, message: str) -> None:
+        """Note what a running tool reports."""
+        with self._lock:
+            if self.iterations:
+                self._watcher.tool_progress(self.iterations[-1], name, message)
 
     def tool_ended(self, tool: ToolRecord, error: str | None) -> None:
         """Note that a tool returned or raised."""

@@ -118,6 +118,10 @@ class Screen(Watcher):
     def tool_started(self, record: IterationRecord, tool: ToolRecord) -> None:
         """Nothing: the call is shown with its time when the iteration ends."""
 
+    def tool_progress(self, record: IterationRecord, tool: str, message: str) -> None:
+        """Show how far a tool is."""
+        self._line("  > " + one_line(f"{tool}: {message}", self._width - 4))
+
     def iteration_ended(self, record: IterationRecord) -> None:
         """Show output, tool calls and times."""
         for line in output_lines(record, self._width - 4):

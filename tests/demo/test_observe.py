@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from dspy.primitives.code_interpreter import FinalOutput
 
+from host_client import SandboxInterpreter, ScriptedBroker, progress
 from host_client.demo.observe import ActionCallback, WatchedInterpreter, strip_fences, watch_tool
 from host_client.demo.run_log import RunLog
 from host_client.demo.screen import Screen
+from host_client.scripted_broker import Step
 
 
 class Scripted:
@@ -156,3 +158,30 @@ def test_only_replies_with_an_action_are_taken(log: RunLog) -> None:
 @pytest.mark.parametrize("text", ["x = 1", "```python\nx = 1\n```", "```\nx = 1\n```\n", "\nx = 1\n"])
 def test_fences_are_removed(text: str) -> None:
     assert strip_fences(text) == "x = 1"
+
+
+def test_what_a_tool_reports_is_shown_while_it_runs() -> None:
+    shown: list[tuple[str, str]] = []
+
+    class Showing(Silent):
+        def tool_progress(self, record: Any, tool: str, message: str) -> None:
+            shown.append((tool, message))
+
+    inner = SandboxInterpreter(
+        provider=ScriptedBroker([lambda execution: Step(value=execution.call("search", 1))]),
+        tools={"search": lambda pages: progress(0.5, "half") or pages},
+    )
+    log = RunLog(Showing())
+    log.action_chosen("", "")
+    watched = WatchedInterpreter(inner, log)
+    assert watched.execute("search(1)") == 1
+    watched.shutdown()
+    assert shown == [("search", "50% · half")]
+
+
+def test_somebody_elses_listener_is_left_in_place(log: RunLog) -> None:
+    listener: list[Any] = []
+    inner = SandboxInterpreter(provider=ScriptedBroker([]), on_tool_event=listener.append)
+    before = inner.on_tool_event
+    WatchedInterpreter(inner, log)
+    assert inner.on_tool_event is before

@@ -39,6 +39,7 @@ def play(screen: Screen, text: str) -> None:
             log.action_chosen(text, f"print(1)\n{text}\n" + "x = 1\n" * 30)
             log.execution_started()
             log.tool_ended(log.tool_started("llm_query_batched", 12), None)
+            log.tool_progress("search", text)
             log.execution_ended(f"{text}\n" * 20, outcome)
     verdict = Verdict(
         kind="modules", right=frozenset({"A"}), missing=frozenset({"B"}), wrong=frozenset({text[:60]}),

@@ -24,7 +24,7 @@ KEYWORDS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("keyword", "value", "named"),
     [
-        ("tools", [len], "tools"),
+        ("tools", "len", "tools"),
         ("tools", {"print": print}, "print"),
         ("output_fields", "answer", "output_fields"),
         ("execution_timeout_s", 0, "execution_timeout_s"),

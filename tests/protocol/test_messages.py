@@ -41,6 +41,7 @@ MESSAGES = [
     RESULT,
     TOOL,
     ToolDefinition(name="any", parameters=None),
+    ToolDefinition(name="inside", parameters=(), source="def f(): return 1\n__tool__ = f\n"),
     OutputField(name="answer", type="str"),
     ExecuteRequest(execution_id="e1", code="1", variables={"x": 1}, tools=(TOOL,), output_fields=(), drop=("v1",)),
     ExecuteRequest(execution_id="e2", code="", timeout_s=5.0, timeout_includes_tools=False),
