@@ -78,8 +78,7 @@ def _measured(given: argparse.Namespace, rows: Sequence[cases.Case], lines: Sequ
     run = measure.Run(taking_part, quick=given.quick)
     try:
         for name, why in missing.items():
-            print(f"{name} is left out: {why}")
-            run.outcome.left_out.append(f"{name} is left out of everything: {why}")
+            run.note(name, why, "everything")
         print("Comparing " + ", ".join(agent.name for agent in taking_part) + ", in turns:")
         run.cases(rows)
         run.curves(lines, [agent.name for agent in taking_part if not agent.slow])

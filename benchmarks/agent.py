@@ -59,6 +59,11 @@ class Agent:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Take the samples that are asked for."""
+        if request["op"] == "prepare":
+            variant = self._cases[request["case"]].variant
+            if variant is not None:
+                self._state.warm(variant)
+            return {}
         if request["op"] == "sample":
             return self._sample(request["case"], request["count"])
         return {"point": self._curves[request["curve"]].measure(self._state, request["x"])}
@@ -67,7 +72,7 @@ class Agent:
         from benchmarks.processes import used_ns
 
         case = self._cases[key]
-        if case.pause_s:
+        if case.pause_s and self._state.contender.keeps_warm:
             # Nothing to wait on: a pool says nowhere in public when it is full, and a user's program pauses too.
             time.sleep(case.pause_s)
         if case.variant is None:
@@ -77,6 +82,10 @@ class Agent:
         samples = [case.sample(self._state) for _ in range(count)]
         after = used_ns(processes)
         return {"samples": samples, "cpu_s": {role: (after[role] - before[role]) / count / 1e9 for role in processes}}
+
+    def recover(self) -> None:
+        """Get ready for what comes after an error."""
+        self._state.drop_lost()
 
     def close(self) -> None:
         """Shut all interpreters down."""
@@ -119,7 +128,8 @@ def main() -> None:
             except NotTried as error:
                 say({"not_tried": str(error)})
             except Exception as error:
-                say({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]})
+                agent.recover()
+                say({"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]})
     finally:
         agent.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.processes import pss_bytes
-from benchmarks.state import State, WrongAnswer, timed
+from benchmarks.state import TOOLS, State, WrongAnswer, timed
 
 MIB = 1 << 20
 CALLS = 1000
@@ -47,7 +48,7 @@ class Case:
         variant: The warm interpreter whose CPU time belongs to the samples; None where each has its own.
         needs: Keys of ``contenders.LACKS``.
         heavy: Left out for slow contenders under ``--quick``.
-        pause_s: Idle time before each turn.
+        pause_s: Idle time before each turn of a contender that keeps some warm.
         target: The ratio to LocalInterpreter that is wanted.
     """
 
@@ -77,7 +78,7 @@ def _to_interactive(make: Callable[[State], Any]) -> Callable[[State], float]:
             _answers(interpreter)
             return time.perf_counter() - begin
         finally:
-            interpreter.shutdown()
+            state.contender.discard(interpreter)
 
     return sample
 
@@ -91,7 +92,7 @@ def _in_fresh(action: Callable[[Any], float], make: Callable[[State], Any] = Sta
             _answers(interpreter)
             return action(interpreter)
         finally:
-            interpreter.shutdown()
+            state.contender.discard(interpreter)
 
     return sample
 
@@ -134,13 +135,21 @@ def _memory(state: State) -> float:
         _answers(interpreter)
         return float(_pss(state, interpreter))
     finally:
-        interpreter.shutdown()
+        state.contender.discard(interpreter)
 
 
 def _memory_of_one_more(state: State) -> float:
-    first = state.sessions(1)
-    before = _all_pss(state, first)
-    return (_all_pss(state, state.sessions(1 + _MORE_SESSIONS)) - before) / _MORE_SESSIONS
+    with contextlib.ExitStack() as stack:
+        open_one = stack.enter_context(state.contender.opener(TOOLS))
+        opened: list[Any] = []
+        taken = []
+        for count in (1, 1 + _MORE_SESSIONS):
+            while len(opened) < count:
+                opened.append(open_one())
+                stack.callback(opened[-1].shutdown)
+                _answers(opened[-1])
+            taken.append(_all_pss(state, opened))
+    return (taken[1] - taken[0]) / _MORE_SESSIONS
 
 
 def _pss(state: State, interpreter: Any) -> int:
@@ -179,8 +188,8 @@ def all_cases(*, quick: bool) -> list[Case]:
         ),
         Case("warm", "warm execution", _warm("1 + 1", 2), variant="plain", target=0.6, **warm),
         tool("tool", "one tool call, durable journal", "plain"),
-        tool("tool-memory", '`journal=":memory:"`', "memory_journal", 0.75),
-        tool("tool-idempotent", "idempotent tool", "idempotent", 0.75),
+        tool("tool-memory", 'one tool call, `journal=":memory:"`', "memory_journal", 0.75),
+        tool("tool-idempotent", "one tool call, idempotent tool", "idempotent", 0.75),
         Case("fresh", "fresh 1 MiB str", _warm("len(text)", MIB, _fresh_text), some, 5, variant="plain", target=0.15),
         Case(
             "same",
@@ -214,6 +223,15 @@ def all_cases(*, quick: bool) -> list[Case]:
             some,
             unit="calls",
             variant="plain",
+            needs=_TOOLS | {"threads"},
+        ),
+        Case(
+            "concurrent-memory",
+            f'{CALLS:,} concurrent tool calls, `journal=":memory:"`',
+            _warm(CONCURRENT, CALLS * (CALLS - 1), variant="memory_journal"),
+            some,
+            unit="calls",
+            variant="memory_journal",
             needs=_TOOLS | {"threads"},
         ),
         Case(

@@ -117,6 +117,7 @@ def _sessions(seconds: float) -> Callable[[State, int], Point]:
             role: {pid for one in interpreters for pid in state.contender.processes(one).get(role, [])}
             for role in ("broker", "worker")
         }
+        pids = {role: found for role, found in pids.items() if found}
         memory = {role: float(pss_bytes(found)) for role, found in pids.items()}
         begin = time.perf_counter()
         ran = _all_at_once(interpreters, _BUSY, {"seconds": seconds})
@@ -129,7 +130,7 @@ def _sessions(seconds: float) -> Callable[[State, int], Point]:
             "calls_per_s": sum(done) / took,
             "worst_ms": 1e3 * max(worst for _, worst in ran),
             "least_share": min(done) / (sum(done) / count),
-            "broker_bytes": memory["broker"],
+            **({"broker_bytes": memory["broker"]} if "broker" in memory else {}),
             "worker_bytes_each": memory["worker"] / count,
         }
 
@@ -166,12 +167,13 @@ def all_curves(*, quick: bool) -> list[Curve]:
     if quick:
         sizes, threads = sizes[::2], threads[::2]
     outputs = [size for size in sizes if size <= 64 * MIB]
+    printed = [size for size in sizes if size <= 16 * MIB]
     sessions = [1, 4, 16, 64] if quick else [1, 2, 4, 8, 16, 32, 64]
     wall, rate = ("wall_s", "ms"), ("calls_per_s", "tool calls / s")
     return [
         Curve("curve-fresh", "fresh str", "size", wall, sizes, _fresh_variable, in_bytes=True),
         Curve("curve-same", "unchanged str", "size", wall, sizes, _same_variable, in_bytes=True),
-        Curve("curve-printed", "printed output", "size", wall, outputs, _printed, in_bytes=True),
+        Curve("curve-printed", "printed output", "size", wall, printed, _printed, in_bytes=True),
         Curve("curve-result", "result", "size", wall, outputs, _result, in_bytes=True),
         Curve("curve-calls", "calls of one session", "threads that call", rate, threads, _concurrent),
         Curve(

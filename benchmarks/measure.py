@@ -90,12 +90,12 @@ class Outcome:
     Attributes:
         figures: One for each case and contender.
         points: Of the curves.
-        left_out: What is missing and why, one line each.
+        left_out: What is missing, by contender and reason.
     """
 
     figures: list[Figure] = dataclasses.field(default_factory=list)
     points: list[CurvePoint] = dataclasses.field(default_factory=list)
-    left_out: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -133,16 +133,16 @@ class Run:
                     self._guarded(climb.agent, curve.title, climbs, climb, lambda climb=climb, x=x: climb.point(x))
             for climb in climbs:
                 if climb.ended is not None:
-                    self._note(f"{curve.title}: {climb.agent.name} ends before {climb.ended}")
+                    self.note(climb.agent.name, climb.ended[1], f"{curve.title} from {climb.ended[0]} on")
                 self.outcome.points += climb.points
 
     def _able(self, case: Case) -> list[Asked]:
         able = []
         for agent in self._agents:
             if missing := case.needs & agent.lacks:
-                self._note(f"{case.title}: {agent.name} is left out, {LACKS[min(missing)]}")
+                self.note(agent.name, LACKS[min(missing)], case.title)
             elif self._quick and agent.slow and case.heavy:
-                self._note(f"{case.title}: {agent.name} is left out of a quick run, it takes too long")
+                self.note(agent.name, "it takes too long for a quick run", case.title)
             else:
                 able.append(agent)
         return able
@@ -152,16 +152,17 @@ class Run:
         try:
             action()
         except _Failed as error:
-            self._note(f"{title}: {agent.name} failed, {error}")
+            self.note(agent.name, f"it failed: {error}", title)
             group.remove(member)
         except AgentGone as error:
-            self._note(f"{title}: {agent.name} is left out from here on, {error}")
+            self.note(agent.name, str(error), f"{title} and all that follows")
             group.remove(member)
             self._agents.remove(agent)
 
-    def _note(self, line: str) -> None:
-        print(f"    {line}", flush=True)
-        self.outcome.left_out.append(line)
+    def note(self, contender: str, why: str, what: str) -> None:
+        """Say what a contender has no figure for."""
+        print(f"    without {contender}: {why} ({what})", flush=True)
+        self.outcome.left_out.setdefault((contender, why), []).append(what)
 
 
 class _Failed(Exception):
@@ -180,6 +181,7 @@ class _Turns:
 
     def first(self) -> None:
         """A sample that does not count, for imports and first times; of a very slow contender it is the only one."""
+        self._checked(self.agent.ask(op="prepare", case=self.case.key))
         begin = time.monotonic()
         taken = self._ask(1)
         took = time.monotonic() - begin - self.case.pause_s
@@ -205,10 +207,12 @@ class _Turns:
         return Figure(self.case.key, self.agent.name, self.case.unit, tuple(self.samples), mean)
 
     def _ask(self, count: int) -> dict[str, Any]:
-        taken = self.agent.ask(op="sample", case=self.case.key, count=count)
-        if "error" in taken:
-            raise _Failed(taken["error"])
-        return taken
+        return self._checked(self.agent.ask(op="sample", case=self.case.key, count=count))
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if "error" in answer:
+            raise _Failed(answer["error"])
+        return answer
 
 
 class _Climb:
@@ -217,7 +221,7 @@ class _Climb:
     def __init__(self, agent: Asked, curve: Curve) -> None:
         self.agent, self.curve = agent, curve
         self.points: list[CurvePoint] = []
-        self.ended: str | None = None
+        self.ended: tuple[str, str] | None = None
 
     def point(self, x: int) -> None:
         """Measure one point, again while that is cheap, unless the one before says that it takes too long."""
@@ -226,14 +230,14 @@ class _Climb:
         if self.curve.in_bytes and self.points:
             last = self.points[-1]
             if last.measures["wall_s"] * x / last.x > POINT_LIMIT_S:
-                self.ended = f"{x:,}: it would take more than {POINT_LIMIT_S:.0f} s"
+                self.ended = (f"{x:,}", f"it would take more than {POINT_LIMIT_S:.0f} s")
                 return
         taken: list[dict[str, float]] = []
         begin = time.monotonic()
         while not taken or (self.curve.in_bytes and time.monotonic() - begin < _REPEATS_S and len(taken) < 9):
             answer = self.agent.ask(op="point", curve=self.curve.key, x=x)
             if "point" not in answer:
-                self.ended = f"{x:,}: {answer.get('not_tried') or answer.get('error')}"
+                self.ended = (f"{x:,}", str(answer.get("not_tried") or answer.get("error")))
                 return
             taken.append(answer["point"])
         middle = {name: statistics.median(point[name] for point in taken) for name in taken[0]}

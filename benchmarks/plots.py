@@ -46,6 +46,19 @@ def _bars(outcome: Outcome, rows: Sequence[Case], path: Path) -> Path:
     for panel, row in zip(panels, shown, strict=False):
         found = {figure.contender: figure for figure in outcome.figures if figure.case == row.key}
         _bar_panel(panel, row, [found[name] for name in names if name in found])
+        if row.target is not None and BASELINE in found:
+            wanted = scaled(row.unit, found[BASELINE].median * row.target)[0]
+            panel.axhline(wanted, color="#2d6a4f", linestyle="--", linewidth=1.1)
+            panel.set_ylim(bottom=min(panel.get_ylim()[0], wanted / 2))
+            panel.annotate(
+                "wanted",
+                (0.995, wanted),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="#2d6a4f",
+            )
     _finish(canvas, names, _COLOURS, path)
     return path
 
@@ -57,7 +70,7 @@ def _bar_panel(panel: Any, row: Case, figures: Sequence[Figure]) -> None:
     bars = panel.bar(range(len(figures)), medians, color=colours, width=0.72)
     panel.vlines(range(len(figures)), medians, ends, colors="#222222", linewidth=1.2)
     panel.set_yscale("log")
-    panel.set_ylim(bottom=min([*medians, *ends]) / 3, top=max([*medians, *ends]) * 4)
+    panel.set_ylim(bottom=max(min([*medians, *ends]), 1e-4) / 3, top=max([*medians, *ends]) * 4)
     for bar, median, end in zip(bars, medians, ends, strict=True):
         where = (bar.get_x() + bar.get_width() / 2, max(median, end) * 1.15)
         panel.annotate(_short(median), where, ha="center", va="bottom", fontsize=9)

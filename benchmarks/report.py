@@ -122,7 +122,7 @@ def write(
         "about": intro,
         "figures": table(outcome, rows),
         "cpu": cpu_table(outcome, rows),
-        "left-out": "\n".join(f"- {line}" for line in outcome.left_out) or "Nothing.",
+        "left-out": left_out(outcome),
     }
     if lines:
         parts["curves"] = curve_tables(outcome, lines)
@@ -132,6 +132,12 @@ def write(
         readme = ROOT / "README.md"
         text = f"{intro}\n\n{short_table(outcome, rows)}"
         readme.write_text(filled(readme.read_text("utf-8"), {"figures": text}), "utf-8")
+
+
+def left_out(outcome: Outcome) -> str:
+    """Return a list of what has no figure, and why."""
+    lines = [f"- **{who}**, because {why}: {'; '.join(what)}." for (who, why), what in outcome.left_out.items()]
+    return "\n".join(lines) or "Nothing."
 
 
 def filled(document: str, parts: dict[str, str]) -> str:
@@ -183,7 +189,7 @@ def write_json(outcome: Outcome, facts: dict[str, Any], path: Path) -> None:
         "about": facts,
         "figures": [_rounded(figure.to_json()) for figure in outcome.figures],
         "points": [_rounded(point) for point in points],
-        "left_out": outcome.left_out,
+        "left_out": [{"contender": who, "why": why, "what": what} for (who, why), what in outcome.left_out.items()],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 

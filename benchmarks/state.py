@@ -87,6 +87,14 @@ class State:
         """Return the processes of a warm interpreter by role, this one included."""
         return {"host": [os.getpid()], **self.contender.processes(self.warm(variant))}
 
+    def drop_lost(self) -> None:
+        """Forget warm interpreters that no longer answer, so that what comes next gets new ones."""
+        for variant, interpreter in list(self._warm.items()):
+            try:
+                interpreter.execute("1 + 1")
+            except Exception:
+                del self._warm[variant]
+
     def close(self) -> None:
         """Shut everything down."""
         self._stack.close()

@@ -24,6 +24,8 @@ class FakeAgent:
         self.fails: dict[str, Any] | AgentGone | None = None
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        if request["op"] == "prepare" and self.fails is None:
+            return {}
         self.asked.append(self.name)
         if isinstance(self.fails, AgentGone):
             raise self.fails
@@ -57,7 +59,7 @@ def test_a_contender_that_lacks_what_a_case_needs_is_named() -> None:
     run = Run([FakeAgent("a", []), FakeAgent("b", [], lacks=frozenset({"tools"}))])
     run.cases([case(needs=frozenset({"tools"}))])
     assert [figure.contender for figure in run.outcome.figures] == ["a"]
-    assert run.outcome.left_out == ["one: b is left out, generated code cannot call the host"]
+    assert run.outcome.left_out == {("b", "generated code cannot call the host"): ["one"]}
 
 
 def test_a_contender_that_fails_a_case_leaves_that_case_only() -> None:
@@ -68,7 +70,7 @@ def test_a_contender_that_fails_a_case_leaves_that_case_only() -> None:
     failing.fails = None
     run.cases([case("two")])
     assert [(f.case, f.contender) for f in run.outcome.figures] == [("one", "a"), ("two", "a"), ("two", "b")]
-    assert run.outcome.left_out == ["one: b failed, WrongAnswer: 3"]
+    assert run.outcome.left_out == {("b", "it failed: WrongAnswer: 3"): ["one"]}
 
 
 def test_a_contender_whose_process_is_gone_leaves_the_run_and_is_named_once() -> None:
@@ -77,14 +79,14 @@ def test_a_contender_whose_process_is_gone_leaves_the_run_and_is_named_once() ->
     run = Run([FakeAgent("a", []), gone])
     run.cases([case("one"), case("two")])
     assert [(f.case, f.contender) for f in run.outcome.figures] == [("one", "a"), ("two", "a")]
-    assert run.outcome.left_out == ["one: b is left out from here on, its process ended with status 1"]
+    assert run.outcome.left_out == {("b", "its process ended with status 1"): ["one and all that follows"]}
 
 
 def test_a_curve_ends_before_a_point_that_would_take_too_long() -> None:
     run = Run([FakeAgent("a", [], POINT_LIMIT_S / 10)])
     run.curves([curve(1, 4, 1000)], ["a"])
     assert [point.x for point in run.outcome.points] == [1, 4]
-    assert run.outcome.left_out == ["c: a ends before 1,000: it would take more than 8 s"]
+    assert run.outcome.left_out == {("a", "it would take more than 8 s"): ["c from 1,000 on"]}
 
 
 def test_a_wrong_answer_is_an_error_and_no_sample() -> None:
@@ -93,13 +95,15 @@ def test_a_wrong_answer_is_an_error_and_no_sample() -> None:
         timed(lambda: 3, 2)
 
 
-def test_a_state_starts_each_interpreter_once_and_shuts_all_of_them_down() -> None:
+def test_a_state_starts_each_interpreter_once_replaces_lost_ones_and_shuts_all_of_them_down() -> None:
     made: list[Any] = []
 
     class Interpreter:
-        ended = False
+        ended = lost = False
 
         def execute(self, code: str) -> int:
+            if self.lost:
+                raise RuntimeError("lost")
             return 2
 
         def shutdown(self) -> None:
@@ -114,5 +118,8 @@ def test_a_state_starts_each_interpreter_once_and_shuts_all_of_them_down() -> No
     assert state.warm() is state.warm()
     assert state.warm("roomy") is not state.warm()
     assert len(made) == 2
+    made[0].lost = True
+    state.drop_lost()
+    assert state.warm() is made[2]
     state.close()
     assert all(interpreter.ended for interpreter in made)
