@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.processes import available_bytes, pss_bytes
-from benchmarks.state import State, WrongAnswer, timed
+from benchmarks.processes import Processes, available_bytes, pss_bytes
+from benchmarks.state import State, WrongAnswer, metered
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 #: Copies of a value that may exist at once, in all processes together: what must be free before it is tried.
@@ -37,6 +37,8 @@ while (begin := time.monotonic()) < end:
 """
 _fresh = itertools.count()
 Point = dict[str, float]
+# The interpreter with room for what the curves ask of it.
+_ROOMY = "roomy"
 
 
 class NotTried(Exception):
@@ -53,7 +55,7 @@ class Curve:
         x: What the horizontal axis is.
         y: The key of the measure that is drawn, and what its axis says.
         points: Where it is measured, ascending.
-        measure: Takes the state and the point; returns named measures, ``wall_s`` among them.
+        measure: Takes the state and the point; returns named measures, ``wall_s`` and ``cpu_s`` among them.
         in_bytes: Whether ``points`` are sizes.
     """
 
@@ -72,69 +74,90 @@ def _room_for(size: int) -> None:
 
 
 @contextlib.contextmanager
-def _variable(state: State, size: int) -> Iterator[Callable[[str], float]]:
+def _variable(state: State, size: int) -> Iterator[Callable[[str], Point]]:
     _room_for(size)
-    interpreter = state.warm("roomy")
-    yield lambda text: timed(lambda: interpreter.execute("len(text)", {"text": text}), size)
+    interpreter = state.warm(_ROOMY)
+    processes = state.processes(_ROOMY)
+    yield lambda text: metered(processes, lambda: interpreter.execute("len(text)", {"text": text}), size)
     interpreter.execute("del text\n1")
     interpreter.execute("1")  # and what both sides kept of it is dropped
 
 
 def _fresh_variable(state: State, size: int) -> Point:
     with _variable(state, size) as send:
-        return {"wall_s": send(f"{next(_fresh):08d}".ljust(size, "x")[:size])}
+        return send(_text(size))
 
 
 def _same_variable(state: State, size: int) -> Point:
     with _variable(state, size) as send:
-        text = f"{next(_fresh):08d}".ljust(size, "x")[:size]
+        text = _text(size)
         send(text)
-        return {"wall_s": min(send(text) for _ in range(3))}
+        return min((send(text) for _ in range(3)), key=lambda point: point["wall_s"])
+
+
+def _text(size: int) -> str:
+    return f"{next(_fresh):08d}".ljust(size, "x")
 
 
 def _printed(state: State, size: int) -> Point:
-    interpreter = state.warm("roomy")
-    return {"wall_s": timed(lambda: interpreter.execute(f'print("o" * {size}, end="")'), "o" * size)}
+    return _run(state, f'print("o" * {size}, end="")', "o" * size)
 
 
 def _result(state: State, size: int) -> Point:
-    interpreter = state.warm("roomy")
-    return {"wall_s": timed(lambda: interpreter.execute(f'"r" * {size}'), "r" * size)}
+    return _run(state, f'"r" * {size}', "r" * size)
+
+
+def _run(state: State, code: str, expected: str) -> Point:
+    interpreter = state.warm(_ROOMY)
+    return metered(state.processes(_ROOMY), lambda: interpreter.execute(code), expected)
 
 
 def _concurrent(state: State, threads: int) -> Point:
-    interpreter = state.warm("plain")
+    interpreter = state.warm()
     calls = max(_CALLS // 10, 2 * threads) if threads < 4 else max(_CALLS, 2 * threads)
     given = {"threads": threads, "calls": calls}
-    took = timed(lambda: interpreter.execute(_MANY_CALLS, given), calls * (calls - 1))
-    return {"wall_s": took, "calls_per_s": calls / took}
+    point = metered(state.processes("plain"), lambda: interpreter.execute(_MANY_CALLS, given), calls * (calls - 1))
+    return {**point, **_rates(point, calls)}
+
+
+def _rates(point: Point, calls: int) -> Point:
+    return {"calls_per_s": calls / point["wall_s"], "cpu_call_s": point["cpu_s"] / calls}
 
 
 def _sessions(seconds: float) -> Callable[[State, int], Point]:
     def measure(state: State, count: int) -> Point:
         interpreters = state.sessions(count)
-        pids = {
-            role: {pid for one in interpreters for pid in state.contender.processes(one).get(role, [])}
-            for role in ("broker", "worker")
-        }
-        pids = {role: found for role, found in pids.items() if found}
-        memory = {role: float(pss_bytes(found)) for role, found in pids.items()}
-        begin = time.perf_counter()
-        ran = _all_at_once(interpreters, _BUSY, {"seconds": seconds})
-        took = time.perf_counter() - begin
+        processes = _together(state, interpreters)
+        memory = _memory(processes, count)
+        ran: list[Any] = []
+        given = {"seconds": seconds}
+        point = metered(processes, lambda: ran.extend(_all_at_once(interpreters, _BUSY, given)), None)
         done = [int(calls) for calls, _ in ran]
         if min(done) == 0:
             raise WrongAnswer("a session made no call at all")
         return {
-            "wall_s": took,
-            "calls_per_s": sum(done) / took,
+            **point,
+            **_rates(point, sum(done)),
             "worst_ms": 1e3 * max(worst for _, worst in ran),
             "least_share": min(done) / (sum(done) / count),
-            **({"broker_bytes": memory["broker"]} if "broker" in memory else {}),
-            "worker_bytes_each": memory["worker"] / count,
+            **memory,
         }
 
     return measure
+
+
+def _together(state: State, interpreters: list[Any]) -> Processes:
+    """Return the processes of all of them, those that they share once, and this one."""
+    found: dict[str, set[int]] = {"host": {os.getpid()}}
+    for interpreter in interpreters:
+        for role, pids in state.contender.processes(interpreter).items():
+            found.setdefault(role, set()).update(pids)
+    return {role: sorted(pids) for role, pids in found.items()}
+
+
+def _memory(processes: Processes, count: int) -> Point:
+    each = {"worker_bytes_each": pss_bytes(processes["worker"]) / count}
+    return {**each, "broker_bytes": float(pss_bytes(processes["broker"]))} if "broker" in processes else each
 
 
 def _all_at_once(interpreters: list[Any], code: str, variables: dict[str, Any]) -> list[Any]:

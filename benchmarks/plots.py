@@ -117,7 +117,10 @@ def _curves(outcome: Outcome, lines: Sequence[Curve], path: Path) -> Path:
             ]
             factor = {"wall_s": 1e3, "worker_bytes_each": 1 / (1 << 20)}.get(key, 1.0)
             values = [point.measures[key] * factor for point in points]
-            panel.plot([p.x for p in points], values, marker="o", markersize=4, color=_COLOURS[name], label=name)
+            panel.plot([p.x for p in points], values, marker="o", markersize=4, color=_COLOURS[name])
+            if key == "wall_s":
+                spent = [point.measures.get("cpu_s", 0.0) * 1e3 for point in points]
+                panel.plot([p.x for p in points], spent, linestyle=":", linewidth=1.3, color=_COLOURS[name])
         _axes(panel, line, title, unit)
     _finish(canvas, names, _COLOURS, path)
     return path
@@ -131,7 +134,7 @@ def _axes(panel: Any, line: Curve, title: str, unit: str) -> None:
     panel.set_xticks(ticks, [label(tick) for tick in ticks], fontsize=9)
     panel.minorticks_off()
     panel.grid(visible=True, alpha=0.25)
-    panel.set_title(title, fontsize=10.5)
+    panel.set_title(title + (" (dotted: CPU time)" if unit == "ms" else ""), fontsize=10.5)
     panel.set_xlabel(line.x, fontsize=9)
     panel.set_ylabel(f"{unit} (log)", fontsize=9)
 

@@ -20,7 +20,9 @@ OURS, BEFORE, BASELINE = "rlm-sandbox", "before", "LocalInterpreter"
 # What of a curve's measures is tabled, and how: key, heading, factor, digits after the point.
 _MEASURES = {
     "wall_s": ("ms", 1e3, None),
+    "cpu_s": ("CPU ms", 1e3, None),
     "calls_per_s": ("calls/s", 1.0, 0),
+    "cpu_call_s": ("CPU ms a call", 1e3, None),
     "worst_ms": ("worst call, ms", 1.0, 1),
     "least_share": ("calls of the slowest session / mean", 1.0, 2),
     "broker_bytes": ("broker, MiB", 1 / MIB, 1),
@@ -85,7 +87,7 @@ def _curve_table(outcome: Outcome, line: Curve) -> str:
     names = list(dict.fromkeys(name for name, _ in points))
     kept = [key for key in _MEASURES if any(key in measures for measures in points.values())]
     if line.y[0] != "wall_s":
-        kept = [key for key in kept if key != "wall_s"]
+        kept = [key for key in kept if key not in ("wall_s", "cpu_s")]
     columns = [
         (name, key) for name in names for key in kept if any(key in points.get((name, x), {}) for x in line.points)
     ]

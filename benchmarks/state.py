@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.contenders import Contender
-from benchmarks.processes import Processes
+from benchmarks.processes import Processes, used_ns
 
 
 def double(n: int) -> int:
@@ -36,6 +36,19 @@ def timed(action: Callable[[], Any], expected: Any) -> float:
     if got != expected:
         raise WrongAnswer(f"expected {expected!r:.80}, got {got!r:.80}")
     return took
+
+
+def metered(processes: Processes, action: Callable[[], Any], expected: Any) -> dict[str, float]:
+    """Run one action; return ``wall_s``, ``cpu_s`` and the CPU seconds of each role, ``cpu_host_s`` and so on.
+
+    Raises:
+        WrongAnswer: It gave something else than expected.
+    """
+    before = used_ns(processes)
+    wall_s = timed(action, expected)
+    after = used_ns(processes)
+    spent = {f"cpu_{role}_s": (after[role] - before[role]) / 1e9 for role in processes}
+    return {"wall_s": wall_s, "cpu_s": sum(spent.values()), **spent}
 
 
 class State:

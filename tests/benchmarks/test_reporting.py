@@ -39,7 +39,9 @@ def test_the_table_has_medians_both_ratios_and_whether_the_target_is_reached(out
 
 
 def test_concurrent_calls_are_shown_as_a_rate(outcome: Outcome) -> None:
-    [row] = [line for line in report.table(outcome, ROWS).splitlines() if line.startswith("| 1,000 concurrent tool calls |")]
+    [row] = [
+        line for line in report.table(outcome, ROWS).splitlines() if line.startswith("| 1,000 concurrent tool calls |")
+    ]
     assert "4,000 calls/s (once)" in row
 
 
