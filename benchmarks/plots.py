@@ -128,15 +128,21 @@ def _curves(outcome: Outcome, lines: Sequence[Curve], path: Path) -> Path:
 
 def _axes(panel: Any, line: Curve, title: str, unit: str) -> None:
     panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
+    drawn = [value for curve in panel.lines for value in curve.get_ydata() if value > 0]
+    # Less than a decade and a half has hardly a tick on a logarithmic axis.
+    logarithmic = bool(drawn) and max(drawn) > 30 * min(drawn)
+    if logarithmic:
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=0)
     label: Callable[[int], str] = size if line.in_bytes else "{:,}".format
     ticks = line.points[:: max(1, len(line.points) // 5)]
     panel.set_xticks(ticks, [label(tick) for tick in ticks], fontsize=9)
-    panel.minorticks_off()
+    panel.xaxis.minorticks_off()
     panel.grid(visible=True, alpha=0.25)
     panel.set_title(title + (" (dotted: CPU time)" if unit == "ms" else ""), fontsize=10.5)
     panel.set_xlabel(line.x, fontsize=9)
-    panel.set_ylabel(f"{unit} (log)", fontsize=9)
+    panel.set_ylabel(f"{unit} (log)" if logarithmic else unit, fontsize=9)
 
 
 def _grid(count: int, *, columns: int, height: float) -> tuple[Any, list[Any]]:

@@ -21,10 +21,12 @@ def test_the_hot_path_keeps_its_budget(counts: Counts) -> None:
     assert not lines, budget.advice(lines)
 
 
-def test_both_sides_of_every_operation_are_seen_and_a_tool_call_costs_more_than_none(counts: Counts) -> None:
+def test_host_broker_and_worker_of_every_operation_are_seen_and_a_tool_call_costs_more_than_none(
+    counts: Counts,
+) -> None:
     assert counts.keys() == budget.recorded().keys()
     for operation, roles in counts.items():
-        assert roles.keys() == {"host", "broker"}, operation
+        assert roles.keys() == {"host", "broker", "worker"}, operation
         for role, metrics in roles.items():
             assert metrics.keys() == METRICS.keys()
             assert metrics["own_calls"] > 0, (operation, role)
