@@ -21,6 +21,7 @@ _COLOURS = {
 }
 _ROLE_COLOURS = {"host": "#1b6ca8", "broker": "#e09f3e", "worker": "#6a994e"}
 _OTHER = "#444444"
+_WANTED = "#2d6a4f"
 _DPI = 110
 
 
@@ -48,18 +49,9 @@ def _bars(outcome: Outcome, rows: Sequence[Case], path: Path) -> Path:
         _bar_panel(panel, row, [found[name] for name in names if name in found])
         if row.target is not None and BASELINE in found:
             wanted = scaled(row.unit, found[BASELINE].median * row.target)[0]
-            panel.axhline(wanted, color="#2d6a4f", linestyle="--", linewidth=1.1)
+            panel.axhline(wanted, color=_WANTED, linestyle="--", linewidth=1.2)
             panel.set_ylim(bottom=min(panel.get_ylim()[0], wanted / 2))
-            panel.annotate(
-                "wanted",
-                (0.995, wanted),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color="#2d6a4f",
-            )
-    _finish(canvas, names, _COLOURS, path)
+    _finish(canvas, names, _COLOURS, path, dashed="wanted")
     return path
 
 
@@ -159,12 +151,16 @@ def _grid(count: int, *, columns: int, height: float) -> tuple[Any, list[Any]]:
     return canvas, panels
 
 
-def _finish(canvas: Any, names: Sequence[str], colours: dict[str, str], path: Path) -> None:
-    from matplotlib import patches, pyplot
+def _finish(canvas: Any, names: Sequence[str], colours: dict[str, str], path: Path, *, dashed: str = "") -> None:
+    from matplotlib import lines, patches, pyplot
 
-    handles = [patches.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles: list[Any] = [patches.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    labels = list(names)
+    if dashed:
+        handles.append(lines.Line2D([], [], color=_WANTED, linestyle="--"))
+        labels.append(dashed)
     height = canvas.get_size_inches()[1]
-    canvas.legend(handles, names, loc="upper center", ncols=len(names), frameon=False, fontsize=11)
+    canvas.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=11)
     canvas.tight_layout(rect=(0, 0, 1, 1 - 0.4 / height))
     canvas.savefig(path, dpi=_DPI)
     pyplot.close(canvas)

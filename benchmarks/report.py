@@ -37,13 +37,17 @@ def table(outcome: Outcome, rows: Sequence[Case]) -> str:
     ratios = [name for name in (BEFORE, OURS) if name in names]
     headings = [f"{name} / {BASELINE}" if name == OURS else "ratio before" for name in ratios]
     lines = [
-        "| median (p95) | " + " | ".join([*names, *headings, "wanted"]) + " |",
-        "|---|" + "---:|" * (len(names) + len(headings) + 1),
+        "| median (p95) | " + " | ".join([*names, *headings, "wanted", f"p95 / median, {OURS}"]) + " |",
+        "|---|" + "---:|" * (len(names) + len(headings) + 2),
     ]
     for row in rows:
         cells = [_cell(by.get((row.key, name))) for name in names]
         cells += [_show_ratio(ratio(by, row.key, name)) for name in ratios]
-        lines.append(f"| {row.title} | " + " | ".join([*cells, _wanted(row, ratio(by, row.key, OURS))]) + " |")
+        lines.append(
+            f"| {row.title} | "
+            + " | ".join([*cells, _wanted(row, ratio(by, row.key, OURS)), _spread(by.get((row.key, OURS)))])
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -230,6 +234,10 @@ def _wanted(row: Case, reached: float | None) -> str:
     if reached is None:
         return f"≤ {row.target:g}"
     return f"≤ {row.target:g}: {'yes' if reached <= row.target else 'no'}"
+
+
+def _spread(figure: Figure | None) -> str:
+    return "n/a" if figure is None or len(figure.samples) == 1 else f"{figure.p95 / figure.median:.1f}"
 
 
 def _cell(figure: Figure | None) -> str:
