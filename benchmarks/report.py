@@ -184,7 +184,7 @@ def _sentence(facts: dict[str, Any]) -> str:
     return (
         f"Medians (95th percentile) of one interleaved run of `{command} on {facts['date']}: {facts['cores']} virtual "
         f"cores, Python {facts['python']}, DSPy {facts['dspy']}.\n`LocalInterpreter` has no sandbox. Our journal is on "
-        "its default, a file flushed to disk, where a row does not say otherwise."
+        "its default, a file that is flushed before a tool starts, where a row does not say otherwise."
     )
 
 
