@@ -146,7 +146,7 @@ def _memory_of_one_more(state: State) -> float:
         for count in (1, 1 + _MORE_SESSIONS):
             while len(opened) < count:
                 opened.append(open_one())
-                stack.callback(opened[-1].shutdown)
+                stack.callback(state.contender.discard, opened[-1])
                 _answers(opened[-1])
             taken.append(_all_pss(state, opened))
     return (taken[1] - taken[0]) / _MORE_SESSIONS
