@@ -46,10 +46,12 @@ check: $(READY) ## Format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## Compare with dspy.LocalInterpreter and dspy.PythonInterpreter
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[bench]' </dev/null || \
-		echo "[set-up] bench: Deno could not be installed; dspy.PythonInterpreter is left out"
-	@$(BIN)/python -m benchmarks
+# AGAINST=PATH measures another checkout in the same run; BENCH='--quick --only warm,tool' passes options on.
+bench: setup ## Compare with no sandbox, Deno and llm-sandbox; write docs/performance.md
+	@for extra in bench bench-deno bench-llm-sandbox; do \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e ".[$$extra]" </dev/null || \
+		echo "[set-up] bench: .[$$extra] could not be installed; what needs it is left out, by name"; done
+	@$(BIN)/python -m benchmarks $(if $(AGAINST),--against "$(AGAINST)") $(BENCH)
 
 devsh: $(READY) ## A shell inside a sandbox container
 	@$(BIN)/rlm-sandbox devsh

@@ -1,119 +1,160 @@
-"""The interpreters that are compared, each made ready by the same two methods."""
+"""The interpreters that are compared, each made ready by the same few methods."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import itertools
 import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import processes
+from benchmarks.processes import Processes
+
 Tools = dict[str, Callable[..., Any]]
 
+#: What a contender may lack, and how the report puts it.
+LACKS = {
+    "tools": "generated code cannot call the host",
+    "threads": "generated code has no threads",
+    "pandas": "it has no pandas",
+}
+# For the cost curves: three times a 1 GiB context and its copies, and as much printed as they ask for.
+_ROOMY: dict[str, Any] = {"memory": 6 << 30, "max_output_bytes": 32 << 20, "tmpfs": 2 << 30}
 
-@dataclasses.dataclass(frozen=True)
+
 class Contender:
     """One interpreter under test.
 
     Attributes:
         name: Shown in the tables.
-        make: Returns a fresh interpreter with these tools; nothing is started yet.
-        pids: Returns the ids of the processes that belong to a started interpreter.
-        threads: Whether generated code can start threads there.
+        lacks: Keys of ``LACKS``: cases that need them are left out, by name.
+        slow: Whether one execution takes so long that ``--quick`` leaves out what is heavy.
+        keeps_warm: Whether its factory may keep some started.
     """
 
-    name: str
-    make: Callable[[Tools], Any]
-    pids: Callable[[Any], list[int]]
-    threads: bool = True
+    name = "?"
+    lacks: frozenset[str] = frozenset()
+    slow = False
+    keeps_warm = False
+
+    def make(self, tools: Tools, variant: str = "plain") -> Any:
+        """Return an interpreter that is not started.
+
+        Args:
+            tools: Host functions.
+            variant: ``plain``; ``memory_journal``, ``idempotent``, ``roomy`` mean something to us only.
+        """
+        raise NotImplementedError
+
+    def factory(self, tools: Tools) -> Callable[[], Any]:
+        """Return what makes interpreters for a program that asks for many: with a warm pool, where there is one."""
+        return lambda: self.make(tools)
+
+    def discard(self, interpreter: Any) -> None:
+        """End an interpreter where its end is not what is measured."""
+        interpreter.shutdown()
+
+    @contextlib.contextmanager
+    def opener(self, tools: Tools) -> Iterator[Callable[[], Any]]:
+        """Give a function that opens one more session, sharing whatever this contender's sessions can share."""
+        yield lambda: self.make(tools)
+
+    def processes(self, interpreter: Any) -> Processes:
+        """Return the processes behind a started interpreter by role, this one left out."""
+        raise NotImplementedError
 
 
-def available(*, with_deno: bool = True) -> list[Contender]:
-    """Return the contenders that can run here; why one cannot is printed, never hidden."""
-    found = [_sandbox(), _local()]
-    if with_deno:
-        deno = _deno()
-        if isinstance(deno, str):
-            print(f"dspy.PythonInterpreter is left out: {deno}")
-        else:
-            found.append(deno)
-    return found
+class Sandbox(Contender):
+    """This project, of this checkout or of the one that Python finds first."""
 
+    name = "rlm-sandbox"
+    keeps_warm = True
 
-def _sandbox() -> Contender:
-    from host_client import SandboxInterpreter
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        # The process of each sandbox; asking the engine takes as long as twenty executions.
+        self._supervisors: dict[str, int] = {}
 
-    def pids(interpreter: Any) -> list[int]:
-        from host_client.providers.docker_engine import DockerEngine
+    def make(self, tools: Tools, variant: str = "plain") -> Any:
+        from host_client import SandboxInterpreter, SandboxSettings
 
-        handle = interpreter.sandbox_handle
-        return [int(DockerEngine.connect().inspect(handle.sandbox_id)["State"]["Pid"])]
-
-    return Contender("rlm-sandbox", lambda tools: SandboxInterpreter(tools=tools), pids)
-
-
-def _local() -> Contender:
-    from dspy import LocalInterpreter
-
-    return Contender("LocalInterpreter", lambda tools: LocalInterpreter(tools=tools), lambda i: [i._process.pid])
-
-
-def _deno() -> Contender | str:
-    """Deno's interpreter, or why it cannot run. Its own import map is used where its library host is out of reach."""
-    from dspy import PythonInterpreter
-
-    if shutil.which("deno") is None and not _deno_package():
-        return "Deno is not installed (pip install deno)"
-    _point_deno_at_npm()
-    last = ""
-    for command in (None, _offline_command(PythonInterpreter().deno_command)):
-        try:
-            probe = PythonInterpreter(deno_command=command)
-            probe.execute("1+1")
-            probe.shutdown()
-        except Exception as error:
-            last = str(error).splitlines()[0]
-            continue
-        return Contender(
-            "PythonInterpreter (Deno)",
-            lambda tools, command=command: PythonInterpreter(deno_command=command, tools=tools),
-            lambda i: [i.deno_process.pid],
-            threads=False,
+        settings: dict[str, Any] = {"memory_journal": {"journal": ":memory:"}, "roomy": _ROOMY}.get(variant, {})
+        return SandboxInterpreter(
+            tools=tools,
+            settings=SandboxSettings.from_environment(**settings),
+            idempotent=list(tools) if variant == "idempotent" else (),
+            execution_timeout_s=None,
         )
-    return last
+
+    def factory(self, tools: Tools) -> Callable[[], Any]:
+        from host_client import SandboxInterpreter, SandboxSettings
+
+        known = {field.name for field in dataclasses.fields(SandboxSettings)}
+        # Older checkouts have no preloads.
+        preload: dict[str, Any] = {"preload": ("numpy", "pandas")} if "preload" in known else {}
+        return SandboxInterpreter.factory(tools=tools, settings=SandboxSettings.from_environment(**preload))
+
+    @contextlib.contextmanager
+    def opener(self, tools: Tools) -> Iterator[Callable[[], Any]]:
+        from host_client import SandboxInterpreter, SandboxSettings
+
+        name = f"bench-{os.getpid()}-{next(self._count)}"
+        # What many sessions cost each other, not what they cost the disk.
+        settings = SandboxSettings.from_environment(journal=":memory:")
+        self._command("up", name)
+        try:
+            yield lambda: SandboxInterpreter(tools=tools, sandbox=name, settings=settings, execution_timeout_s=None)
+        finally:
+            self._command("down", name)
+
+    def processes(self, interpreter: Any) -> Processes:
+        sandbox_id = interpreter.sandbox_handle.sandbox_id
+        if sandbox_id not in self._supervisors:
+            command = ["docker", "inspect", "--format", "{{.State.Pid}}", sandbox_id]
+            self._supervisors[sandbox_id] = int(subprocess.check_output(command))
+        return processes.sandbox_roles(self._supervisors[sandbox_id])
+
+    def _command(self, *arguments: str) -> None:
+        """Run the ``rlm-sandbox`` command of the checkout that this process uses."""
+        import host_client
+
+        checkout = Path(str(host_client.__file__)).resolve().parents[1]
+        room = {"RLM_SANDBOX_MAX_SESSIONS": "64", "RLM_SANDBOX_MEMORY": "4g"}
+        command = [sys.executable, "-m", "host_client.cli", *arguments]
+        done = subprocess.run(
+            command,
+            env={**os.environ, **room, "PYTHONPATH": str(checkout)},
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"rlm-sandbox {' '.join(arguments)} failed: {done.stderr.strip()}")
 
 
-def _deno_package() -> bool:
-    try:
-        import deno  # noqa: F401
-    except ImportError:
-        return False
-    return True
+class Local(Contender):
+    """DSPy's own interpreter without a sandbox: a child process and two pipes."""
+
+    name = "LocalInterpreter"
+
+    def make(self, tools: Tools, variant: str = "plain") -> Any:
+        from dspy import LocalInterpreter
+
+        return LocalInterpreter(tools=tools)
+
+    def processes(self, interpreter: Any) -> Processes:
+        return {"worker": list(processes.tree(interpreter._process.pid))}
 
 
-def _point_deno_at_npm() -> None:
-    """Deno reads the registry from the environment only; npm's own settings are the user's choice."""
-    if "NPM_CONFIG_REGISTRY" in os.environ or shutil.which("npm") is None:
-        return
-    answer = subprocess.run(["npm", "config", "get", "registry"], capture_output=True, text=True, check=False)
-    if answer.returncode == 0 and answer.stdout.strip():
-        os.environ["NPM_CONFIG_REGISTRY"] = answer.stdout.strip()
+def kinds() -> dict[str, Callable[[], Contender]]:
+    """Return the contenders by the name that ``agent.py`` is given; making one may raise ``Unavailable``."""
+    from benchmarks.deno_interpreter import Deno
+    from benchmarks.llm_sandbox_interpreter import LlmSandbox
 
-
-def _offline_command(command: list[str]) -> list[str]:
-    """The same command, with the one helper that the runner loads by URL taken from this folder."""
-    helper = Path(__file__).with_name("deno") / "read_lines.ts"
-    runner = next(Path(part) for part in command if part.endswith("runner.js"))
-    url = next(
-        line.split('"')[1] for line in runner.read_text().splitlines() if "readLines" in line and "import" in line
-    )
-    folder = Path(tempfile.mkdtemp(prefix="rlm-sandbox-bench-"))
-    import_map = folder / "import_map.json"
-    import_map.write_text(json.dumps({"imports": {url: str(helper)}}))
-    changed = [f"{part},{helper}" if part.startswith("--allow-read=") else part for part in command]
-    position = changed.index("--no-config") + 1
-    return [*changed[:position], f"--import-map={import_map}", *changed[position:]]
+    return {"sandbox": Sandbox, "local": Local, "deno": Deno, "llm-sandbox": LlmSandbox}
