@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
         socket.socket(fileno=int(supervisor_fd)),
         guest_uid_base=config.guest_uid_base,
         max_slots=config.max_sessions,
+        one_user=config.one_user,
         on_gone=lambda: os._exit(1),
     )
     allowed = frozenset({os.geteuid(), *config.allowed_host_uids})
@@ -50,15 +51,16 @@ def with_own_check(supervisor: SupervisorClient, config: SupervisorConfig) -> Se
     report: SelfTest = supervisor.self_test.get()
     status = read_status("self")
     none, capabilities = has_no_capabilities(status)
+    uid = os.getuid() if config.one_user else config.broker_uid
     faults = [
-        *([] if set(os.getresuid()) == {config.broker_uid} else [f"uid {os.geteuid()}"]),
+        *([] if set(os.getresuid()) == {uid} else [f"uid {os.geteuid()}"]),
         *([] if none else [f"capabilities {capabilities}"]),
         *([] if status.get("NoNewPrivs") == "1" else ["new privileges"]),
         *(["dumpable"] if prctl.is_dumpable() else []),
     ]
     check = Check(
         name="broker",
-        wanted=f"uid {config.broker_uid}, no capabilities, closed",
+        wanted=f"uid {uid}, no capabilities, closed",
         found=", ".join(faults) or "as wanted",
         held=not faults,
     )

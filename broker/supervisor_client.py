@@ -37,16 +37,24 @@ class SupervisorClient:
         guest_uid_base: Uid of slot 0, or None where every process has the same uid (tests).
         max_slots: Number of slots.
         on_gone: Called once when the supervisor is gone.
+        one_user: Whether there is one slot, whose processes are alone with this broker's ``guest.sock``.
 
     Attributes:
         self_test: Set to what the supervisor found out at its start.
     """
 
     def __init__(
-        self, sock: socket.socket, *, guest_uid_base: int | None, max_slots: int, on_gone: Callable[[], None]
+        self,
+        sock: socket.socket,
+        *,
+        guest_uid_base: int | None,
+        max_slots: int,
+        on_gone: Callable[[], None],
+        one_user: bool = False,
     ) -> None:
         sock.setblocking(False)
         self._sock, self._base, self._max_slots, self._on_gone = sock, guest_uid_base, max_slots, on_gone
+        self._one_user = one_user
         self.self_test: AsyncResult = AsyncResult()
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[Reply, list[int]], None]] = {}
@@ -87,6 +95,8 @@ class SupervisorClient:
 
     def slot_of(self, peer: Peer) -> int | None:
         """Return the slot of a process on the guest's socket: by uid, or in tests by its worker's process session."""
+        if self._one_user:
+            return 0
         if self._base is not None:
             slot = peer.uid - self._base
             return slot if 0 <= slot < self._max_slots else None

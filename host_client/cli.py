@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from host_client import __version__
 from host_client.errors import SandboxError
@@ -89,15 +90,10 @@ def say(text: str) -> None:
 
 
 def prepare(settings: SandboxSettings, progress: Progress = say) -> str:
-    """Bring up whatever is missing, engine, base and image, and return the image's tag."""
-    from host_client.engine import ensure_engine
-    from host_client.image import ensure_image
+    """Bring up whatever is missing: engine, base and image; or bubblewrap and its files. Return tag or folder."""
+    from host_client.preparing import prepare
 
-    with ensure_engine(lambda text: progress(f"engine: {text}")) as engine:
-        progress(f"engine: Docker {engine.version()['Version']} at {engine.url}")
-        tag = ensure_image(settings, lambda text: progress(f"image: {text}"), engine=engine)
-    progress(f"image: {tag} is ready")
-    return tag
+    return prepare(settings, progress)
 
 
 def _setup(_: argparse.Namespace) -> int:
@@ -111,30 +107,39 @@ def _image(_: argparse.Namespace) -> int:
     return 0
 
 
-def _up(parsed: argparse.Namespace) -> int:
+def _commands() -> Any:
+    """Return the module with the commands about running sandboxes."""
+    from host_client.providers.choice import BUBBLEWRAP, choose
+
+    if choose(SandboxSettings.from_environment()).name == BUBBLEWRAP:
+        import host_client.bubblewrap.commands as commands
+
+        return commands
     import host_client.daemon as daemon
 
+    return daemon
+
+
+def _up(parsed: argparse.Namespace) -> int:
     settings = SandboxSettings.from_environment()
     prepare(settings)
-    return daemon.up(parsed.name, settings)
+    status: int = _commands().up(parsed.name, settings)
+    return status
 
 
 def _down(parsed: argparse.Namespace) -> int:
-    import host_client.daemon as daemon
-
-    return daemon.down(parsed.name)
+    status: int = _commands().down(parsed.name)
+    return status
 
 
 def _status(_: argparse.Namespace) -> int:
-    import host_client.daemon as daemon
-
-    return daemon.status()
+    status: int = _commands().status()
+    return status
 
 
 def _logs(parsed: argparse.Namespace) -> int:
-    import host_client.daemon as daemon
-
-    return daemon.logs(parsed.name, parsed.follow)
+    status: int = _commands().logs(parsed.name, parsed.follow)
+    return status
 
 
 def _calls(parsed: argparse.Namespace) -> int:
@@ -144,18 +149,24 @@ def _calls(parsed: argparse.Namespace) -> int:
 
 
 def _devsh(parsed: argparse.Namespace) -> int:
-    import host_client.daemon as daemon
-
     prepare(SandboxSettings.from_environment())
-    return daemon.devsh(parsed.name)
+    status: int = _commands().devsh(parsed.name)
+    return status
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    import host_client.doctor as doctor
+    from host_client.providers.choice import BUBBLEWRAP, choose
 
     settings = SandboxSettings.from_environment()
     prepare(settings)
-    return doctor.run(settings)
+    choice = choose(settings)
+    if choice.name == BUBBLEWRAP:
+        import host_client.bubblewrap.doctor as bubblewrap_doctor
+
+        return bubblewrap_doctor.run(settings, choice.why)
+    import host_client.doctor as doctor
+
+    return doctor.run(settings, why=choice.why)
 
 
 def _secrets(parsed: argparse.Namespace) -> int:
@@ -174,6 +185,7 @@ def _demo(arguments: Sequence[str]) -> int:
 def _clean(_: argparse.Namespace) -> int:
     import shutil
 
+    from host_client.bubblewrap.commands import remove_all
     from host_client.engine import connect_engine
     from host_client.image import remove_images
     from host_client.providers.container_spec import LABEL, LABEL_HOST_UID
@@ -190,6 +202,11 @@ def _clean(_: argparse.Namespace) -> int:
                 print(f"[clean] removed image {tag}")
     except SandboxError as error:
         print(f"[clean] containers and images not looked at: {error.message}")
+    try:
+        for name in remove_all():
+            print(f"[clean] removed sandbox {name}")
+    except SandboxError as error:
+        print(f"[clean] sandboxes without an engine not looked at: {error.message}")
     if cache_folder().exists():
         shutil.rmtree(cache_folder(), ignore_errors=True)
         print(f"[clean] removed {cache_folder()}")

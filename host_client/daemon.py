@@ -56,7 +56,7 @@ def up(
             f"sandbox {name!r} is up ({time.monotonic() - started:.1f} s): {size(settings.memory)} of memory, "
             f"{settings.cpus:g} cores, up to {settings.max_sessions} sessions, no network"
         )
-    _print_usage(name)
+    print_usage(name)
     return 0
 
 
@@ -179,7 +179,8 @@ def _say_running(name: str, connect: Connect, current_image: str) -> None:
         _say(f"to renew it: {_command()} down {name} && {_command()} up {name}")
 
 
-def _print_usage(name: str) -> None:
+def print_usage(name: str) -> None:
+    """Say what to type next."""
     # DSPy 3.3 took a factory; before, an interpreter.
     argument = f'interpreter_factory=SandboxInterpreter.factory(sandbox="{name}")'
     if _dspy_version() < (3, 3):

@@ -13,6 +13,7 @@ from typing import Any
 
 from broker.protocol.self_test import Check
 from host_client.engine import connect_engine
+from host_client.providers.base import SandboxProvider
 from host_client.providers.docker import DockerProvider
 from host_client.providers.engine_api import Engine
 from host_client.providers.isolation import Isolation
@@ -44,6 +45,7 @@ def run(
     say: Callable[[str], None] = print,
     connect: Callable[[], Engine] = connect_engine,
     provider: DockerProvider | None = None,
+    why: str = "provider='docker' was asked for",
 ) -> int:
     """Print the table; return 1 where something that was asked for does not hold.
 
@@ -52,6 +54,7 @@ def run(
         say: Prints one line.
         connect: Returns the engine.
         provider: Starts the sandbox; by default one like every interpreter's.
+        why: Why this provider is used.
 
     Raises:
         SandboxError: No engine, no image, or a sandbox that does not start at all.
@@ -61,17 +64,18 @@ def run(
         info = engine.info()
     finally:
         engine.close()
-    inside = _look_inside(settings, provider or DockerProvider())
+    say(f"Provider: docker ({why})")
+    inside = look_inside(settings, provider or DockerProvider())
     around = engine_limits(info)
     for title, checks in (("The sandbox, as it finds itself", inside), ("The engine's limits", around)):
         say(title)
-        for line in _table(checks):
+        for line in table(checks):
             say(line)
     say("This machine")
     for layer in layers(info, inside):
-        for line in _shown(layer):
+        for line in shown(layer):
             say(line)
-    return _verdict([*inside, *around], say)
+    return verdict([*inside, *around], say)
 
 
 def layers(info: Mapping[str, Any], inside: Sequence[Check]) -> list[Layer]:
@@ -82,21 +86,13 @@ def layers(info: Mapping[str, Any], inside: Sequence[Check]) -> list[Layer]:
         inside: The sandbox's checks.
     """
     options = {part for text in info.get("SecurityOptions") or () for part in text.split(",")}
-    landlock = next((check.found for check in inside if check.name == "Landlock"), "unknown")
     own_users = "rootless" if "name=rootless" in options else "userns-remap" if "name=userns" in options else None
     mandatory = next((name for name in ("apparmor", "selinux") if f"name={name}" in options), None)
     runsc = next((name for name in info.get("Runtimes") or () if "runsc" in name), None)
     version = str(info.get("CgroupVersion", "1"))
     return [
         Layer("kernel", str(info.get("KernelVersion", "unknown")), None),
-        Layer(
-            "Landlock",
-            landlock,
-            None
-            if landlock.startswith("on")
-            else "a session can make itself as hard to kill as the broker when memory runs out; the sandbox then dies "
-            "as a whole, with the reason 'oom'. Kernels from 5.13 on have it",
-        ),
+        landlock_layer(inside),
         Layer(
             "rootless or userns-remap",
             own_users or "no",
@@ -127,7 +123,25 @@ def layers(info: Mapping[str, Any], inside: Sequence[Check]) -> list[Layer]:
     ]
 
 
-def _look_inside(settings: SandboxSettings, provider: DockerProvider) -> list[Check]:
+def landlock_layer(inside: Sequence[Check]) -> Layer:
+    """Return whether this kernel has Landlock."""
+    found = next((check.found for check in inside if check.name == "Landlock"), "unknown")
+    return Layer(
+        "Landlock",
+        found,
+        None
+        if found.startswith("on")
+        else "a session can make itself as hard to kill as the broker when memory runs out; the sandbox then dies "
+        "as a whole, with the reason 'oom'. Kernels from 5.13 on have it",
+    )
+
+
+def look_inside(settings: SandboxSettings, provider: SandboxProvider) -> list[Check]:
+    """Start a sandbox, return what it finds itself, and throw it away.
+
+    Raises:
+        SandboxError: It does not start at all.
+    """
     # Whatever is wrong must become a row of the table, not an error at the first of them.
     lenient = dataclasses.replace(settings, insecure=True)
     before = logging.root.manager.disable
@@ -142,7 +156,8 @@ def _look_inside(settings: SandboxSettings, provider: DockerProvider) -> list[Ch
         provider.stop(handle)
 
 
-def _table(checks: Sequence[Check]) -> Iterator[str]:
+def table(checks: Sequence[Check]) -> Iterator[str]:
+    """Yield the lines of a table of checks."""
     yield f"        {'check':<{_NAME_COLUMNS}}{'wanted':<{_WANTED_COLUMNS}}found"
     for check in checks:
         verdict = "ok  " if check.held else "WEAK"
@@ -151,7 +166,8 @@ def _table(checks: Sequence[Check]) -> Iterator[str]:
     yield ""
 
 
-def _shown(layer: Layer) -> Iterator[str]:
+def shown(layer: Layer) -> Iterator[str]:
+    """Yield the lines that tell of a layer."""
     mark = "ok  " if layer.costs is None else "--  "
     yield f"  {mark}  {layer.name:<{_NAME_COLUMNS}}{_printable(layer.found)}"
     if layer.costs is not None:
@@ -159,7 +175,8 @@ def _shown(layer: Layer) -> Iterator[str]:
         yield from textwrap.wrap(layer.costs, _LINE_COLUMNS, initial_indent=indent, subsequent_indent=indent)
 
 
-def _verdict(checks: Sequence[Check], say: Callable[[str], None]) -> int:
+def verdict(checks: Sequence[Check], say: Callable[[str], None]) -> int:
+    """Say what the checks come to; return 1 where one does not hold."""
     failed = [check.name for check in checks if not check.held]
     say("")
     if failed:

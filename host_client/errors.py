@@ -6,6 +6,7 @@
     ├ SetupError                      nothing was started
     │ ├ EngineUnavailable             no container engine answers
     │ ├ EnginePermission              an engine is there, this user may not use it
+    │ ├ BubblewrapMissing             no bubblewrap, where sandboxes are to be made with it
     │ ├ ImageMissing                  the image was never built, or is of another version
     │ ├ ImageBuildFailed
     │ ├ DiskFull
@@ -72,6 +73,12 @@ class EnginePermission(SetupError):
     """An engine is there, but this user may not use it."""
 
     code = "engine_permission"
+
+
+class BubblewrapMissing(SetupError):
+    """``bwrap`` is not installed, or too old."""
+
+    code = "bubblewrap_missing"
 
 
 class ImageMissing(SetupError):

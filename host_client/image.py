@@ -79,7 +79,7 @@ def ensure_image(settings: ImageSettings, progress: Progress, *, engine: DockerE
             raise ImageMissing(
                 f"The image {tag} is not there.", help=f"docker pull {tag}   (or unset RLM_SANDBOX_IMAGE)"
             )
-        with _one_at_a_time():
+        with one_at_a_time():
             if not connected.image_exists(tag):
                 _build(connected, tag, settings, progress)
     return tag
@@ -96,7 +96,7 @@ def remove_images(engine: DockerEngine) -> list[str]:
 def _build(engine: DockerEngine, tag: str, settings: ImageSettings, progress: Progress) -> None:
     base = ensure_base(engine, progress)
     architecture = str(engine.version()["Arch"])
-    folder = _folder(sandbox_image)
+    folder = folder_of(sandbox_image)
     guest = [*read_requirements(folder / "requirements-guest.txt"), *settings.packages]
     guest_site = ensure_site("guest-site", guest, architecture, progress)
     broker_requirements = read_requirements(folder / "requirements-broker.txt")
@@ -134,8 +134,8 @@ def _write_context(target: IO[bytes], *, guest_site: Path, broker_site: Path) ->
     The same files give the same bytes, so the engine's layer cache holds for everything that has not changed.
     """
     with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        archive.add(_folder(sandbox_image) / "Dockerfile", "Dockerfile", filter=_normalised)
-        for name, folder in (("guest-site", guest_site), ("broker-site", broker_site), ("broker", _folder(broker))):
+        archive.add(folder_of(sandbox_image) / "Dockerfile", "Dockerfile", filter=_normalised)
+        for name, folder in (("guest-site", guest_site), ("broker-site", broker_site), ("broker", folder_of(broker))):
             archive.addfile(_normalised(_directory(name)))
             for path in _files(folder, all_of_it=folder in (guest_site, broker_site)):
                 archive.add(path, f"{name}/{path.relative_to(folder)}", recursive=False, filter=_normalised)
@@ -158,7 +158,7 @@ def _normalised(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def _sources() -> Iterator[tuple[str, Path]]:
     """Yield name and path of each file that decides on the image, in an order of its own."""
     for package in (broker, sandbox_image):
-        folder = _folder(package)
+        folder = folder_of(package)
         for path in _files(folder):
             yield f"{package.__name__}/{path.relative_to(folder).as_posix()}", path
 
@@ -183,7 +183,8 @@ def _is_source(name: str) -> bool:
     return not name.startswith(".") and not name.endswith((".pyc", "~"))
 
 
-def _folder(package: object) -> Path:
+def folder_of(package: object) -> Path:
+    """Return where a package's files are."""
     return Path(str(getattr(package, "__file__", ""))).resolve().parent
 
 
@@ -197,7 +198,7 @@ def _engine_or_own(engine: DockerEngine | None) -> Iterator[DockerEngine]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """Let one process build: two would fetch and compile the same things side by side."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -40,6 +40,18 @@ class Owner:
         return cls(boot_id=_boot_id(), pid=pid, start_ticks=ticks or 0, pid_namespace=_pid_namespace())
 
     @classmethod
+    def of(cls, pid: int) -> Owner:
+        """Return the identity of a process that runs.
+
+        Raises:
+            LookupError: No such process runs.
+        """
+        ticks = _start_ticks(pid)
+        if ticks is None:
+            raise LookupError(f"no process {pid} runs")
+        return cls(boot_id=_boot_id(), pid=pid, start_ticks=ticks, pid_namespace=_pid_namespace())
+
+    @classmethod
     def parse(cls, label: str) -> Owner | None:
         """Read what ``label`` wrote; None for anything else."""
         parts = label.split(":")

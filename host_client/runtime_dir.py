@@ -5,8 +5,9 @@
     <runtime dir>/              0700, this user's
     ├ lock                      flock: held for the microseconds of a change to anything below
     ├ uids/<slot> -> <sandbox>  which sandbox holds which range of guest uids
-    └ <sandbox>/                0700, the broker's uid; mounted into the container
-      └ host.sock
+    ├ <sandbox>/                0700, the broker's uid; mounted into the container
+    │ └ host.sock
+    └ bubblewrap/<sandbox>.*    records of sandboxes without an engine; see host_client/bubblewrap/records.py
 
 A sandbox's directory carries its owner in its name, so that it exists and is accounted for in one atomic step.
 """
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "RLM_SANDBOX_RUNTIME_DIR"
 SOCKET_NAME = "host.sock"
+#: Folder of the records of sandboxes that no engine knows.
+RECORDS = "bubblewrap"
 
 #: Guest uids: above the system's and the users' of common distributions, below subordinate ranges (100,000 and up).
 GUEST_UID_FIRST = 20_000
@@ -122,8 +125,12 @@ class RuntimeDir:
                 log.warning("cannot remove the socket directory %s: %s", self.path / name, error)
 
     def abandoned(self) -> list[str]:
-        """Return the names of directories whose owner process is dead; their sandboxes may still run."""
+        """Return the names of directories whose owner process is dead; their sandboxes may still run.
+
+        Those that have a record are left to whoever keeps the records.
+        """
         names = {entry.name for entry in self.path.iterdir()} | set(self._reservations().values())
+        names -= {record.stem for record in (self.path / RECORDS).glob("*.json")}
         owners = ((name, Owner.from_file_name(name)) for name in names)
         return sorted(name for name, owner in owners if owner is not None and owner.is_dead())
 

@@ -265,9 +265,9 @@ def open_journal(settings: SandboxSettings) -> Journal:
 
 def default_provider(settings: SandboxSettings) -> SandboxProvider:
     """Return the provider that the settings name; its package is imported only now."""
-    from host_client.providers.docker import DockerProvider
+    from host_client.providers.choice import provider_for
 
-    return DockerProvider()
+    return provider_for(settings)
 
 
 def _check_secrets(found: Found, secrets: Mapping[str, str]) -> None:

@@ -47,7 +47,8 @@ class SandboxSettings:
         environment: Extra environment variables of generated code. Not for secrets.
         secrets: Secrets that generated code may read as environment variables: values by name, or names alone, whose
             values are read from the environment or ``.env`` when a session is opened. Held as ``Secrets``.
-        provider: ``docker``.
+        provider: ``docker``, ``bubblewrap`` (no engine needed), or ``auto``: docker where an engine answers, else
+            bubblewrap where that is installed.
         max_sessions: Most sessions in one sandbox.
         max_output_bytes: Output kept of one execution.
         max_concurrent_tools: Most host tools run at the same time for one interpreter.
@@ -69,7 +70,7 @@ class SandboxSettings:
     insecure: bool = False
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, str] | Collection[str] = Secrets()
-    provider: str = "docker"
+    provider: str = "auto"
     max_sessions: int = 16
     max_output_bytes: int = 1 << 20
     max_concurrent_tools: int = 32
@@ -98,7 +99,8 @@ class SandboxSettings:
         _require("journal", self.journal != "", self.journal, "a path, ':memory:' or None")
         _require("network", isinstance(self.network, bool), self.network, "True or False")
         _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
-        _require("provider", self.provider == "docker", self.provider, "'docker'")
+        known = self.provider in ("auto", "docker", "bubblewrap")
+        _require("provider", known, self.provider, "'auto', 'docker' or 'bubblewrap'")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SandboxSettings:

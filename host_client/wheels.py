@@ -51,6 +51,7 @@ def ensure_site(
     *,
     fetch: Fetch | None = None,
     cache: Path | None = None,
+    python_version: str = PYTHON_VERSION,
 ) -> Path:
     """Return a folder with these packages installed, from the cache where it has them.
 
@@ -61,14 +62,15 @@ def ensure_site(
         progress: Told what is fetched.
         fetch: Runs pip with these arguments and returns its status and output.
         cache: Where finished folders are kept.
+        python_version: For which Python, such as ``3.13``; by default the image's.
 
     Raises:
-        ImageBuildFailed: A package cannot be fetched as a wheel for the image's Python.
+        ImageBuildFailed: A package cannot be fetched as a wheel for that Python.
         DiskFull: No space left.
     """
     platforms = _platforms(architecture)
     cache = cache or cache_folder() / "sites"
-    key = hashlib.sha256("\n".join([PYTHON_VERSION, architecture, *requirements]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([python_version, architecture, *requirements]).encode()).hexdigest()[:12]
     site = cache / f"{name}-{key}"
     if site.is_dir():
         os.utime(site)
@@ -81,7 +83,7 @@ def ensure_site(
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as folder:
         fresh = Path(folder) / "site"
-        _fill(fresh, requirements, platforms, fetch or _pip)
+        _fill(fresh, requirements, platforms, fetch or _pip, python_version)
         # A rename is all or nothing: a folder of that name is always complete.
         if not site.exists():
             fresh.rename(site)
@@ -103,7 +105,7 @@ def _short(requirements: Sequence[str], most: int = 3) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
 
 
-def _fill(site: Path, requirements: Sequence[str], platforms: Sequence[str], fetch: Fetch) -> None:
+def _fill(site: Path, requirements: Sequence[str], platforms: Sequence[str], fetch: Fetch, python_version: str) -> None:
     site.mkdir(mode=0o755)
     if not requirements:
         return
@@ -116,7 +118,7 @@ def _fill(site: Path, requirements: Sequence[str], platforms: Sequence[str], fet
             "--no-compile",
             "--only-binary=:all:",
             "--implementation=cp",
-            f"--python-version={PYTHON_VERSION}",
+            f"--python-version={python_version}",
             *(f"--platform={platform}" for platform in platforms),
             f"--target={site}",
             *requirements,
@@ -127,8 +129,9 @@ def _fill(site: Path, requirements: Sequence[str], platforms: Sequence[str], fet
             f"pip could not fetch wheels for the image ({', '.join(_short(requirements))})",
             "\n".join(line for line in output.splitlines() if not line.startswith("WARNING")),
             error=ImageBuildFailed,
-            help="Each package needs a wheel for Python 3.13 on Linux. See sandbox_image/requirements-guest.txt and "
-            "RLM_SANDBOX_PACKAGES; without a network, set PIP_INDEX_URL to a mirror.",
+            help=f"Each package needs a wheel for Python {python_version} on Linux. See "
+            "sandbox_image/requirements-guest.txt and RLM_SANDBOX_PACKAGES; without a network, set PIP_INDEX_URL to a "
+            "mirror.",
         )
     shutil.rmtree(site / "bin", ignore_errors=True)
     for package in _WITHOUT_TESTS:

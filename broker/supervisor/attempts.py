@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import resource
@@ -27,12 +28,12 @@ REFUSED = "refused"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def run_attempts(config: SupervisorConfig, broker_pid: int, *, confined: bool) -> list[Check]:
+def run_attempts(config: SupervisorConfig, broker_pid: int | None, *, confined: bool) -> list[Check]:
     """Try everything; to be called in a process that ``become_session`` was called in.
 
     Args:
         config: The supervisor's.
-        broker_pid: The broker's pid.
+        broker_pid: The broker's pid, or None where it is in another pid namespace.
         confined: Whether Landlock's rules bind this process.
     """
     return [
@@ -43,7 +44,7 @@ def run_attempts(config: SupervisorConfig, broker_pid: int, *, confined: bool) -
         _refused("internet sockets", lambda: socket.socket(socket.AF_INET).close()),
         _refused("AF_ALG", lambda: socket.socket(_AF_ALG, socket.SOCK_SEQPACKET).close()),
         _refused("io_uring", lambda: _syscall(_IO_URING_SETUP, 0, None)),
-        _refused("broker's memory", lambda: os.close(os.open(f"/proc/{broker_pid}/mem", os.O_RDONLY))),
+        _others_memory(broker_pid),
         _refused("host's socket", lambda: os.listdir(os.path.dirname(config.host_socket))),
         *_limits(config),
         _out_of_memory(confined),
@@ -52,7 +53,22 @@ def run_attempts(config: SupervisorConfig, broker_pid: int, *, confined: bool) -
     ]
 
 
+def _others_memory(broker_pid: int | None) -> Check:
+    """The broker's; where that is out of sight, its supervisor's, and nobody else may be in sight then."""
+    pid = 1 if broker_pid is None else broker_pid
+    check = _refused("broker's memory", lambda: os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY)))
+    strangers = [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())]
+    if broker_pid is None and strangers:
+        found = f"processes {', '.join(strangers[:10])} are in sight"
+        return dataclasses.replace(check, found=found, held=False)
+    return check
+
+
 def _users(config: SupervisorConfig) -> Check:
+    if config.one_user:
+        ids = {*os.getresuid(), *os.getresgid()}
+        wanted = "one user, kept apart by namespaces"
+        return Check(name="user", wanted=wanted, found=", ".join(map(str, sorted(ids))), held=0 not in ids)
     uid = config.guest_uid(0) if config.separate_users else None
     ids = {*os.getresuid(), *os.getresgid()}
     groups = os.getgroups()
@@ -77,13 +93,24 @@ def _root_is_read_only() -> Check:
 
 
 def _interfaces() -> Check:
+    if not _names("/sys/class/net"):
+        # Without that folder, by what the kernel has ways to: an interface that is down has none.
+        routed = sorted({*_routes("/proc/net/route", 0), *_routes("/proc/net/ipv6_route", -1)} - {"Iface"})
+        found = ", ".join(routed) or "none with a route"
+        return Check(name="network interfaces", wanted="lo alone", found=found, held=set(routed) <= {"lo"})
     up = []
-    for name in sorted(_names("/sys/class/net") or _names("/proc/sys/net/ipv4/conf") - {"all", "default"}):
+    for name in sorted(_names("/sys/class/net")):
         with contextlib.suppress(OSError, ValueError):
             if int(Path(f"/sys/class/net/{name}/flags").read_text(), 16) & _IFF_UP:
                 up.append(name)
     found = ", ".join(up) or "none"
     return Check(name="network interfaces", wanted="lo alone", found=found, held=set(up) <= {"lo"})
+
+
+def _routes(file: str, column: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return [line.split()[column] for line in Path(file).read_text().splitlines() if line.split()]
+    return []
 
 
 def _names(folder: str) -> set[str]:

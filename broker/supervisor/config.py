@@ -47,6 +47,8 @@ class SupervisorConfig:
         guest_site: Folder with generated code's packages, or None.
         allowed_host_uids: Who may speak on the host's socket, beside the broker's own uid.
         landlock: Whether broker and sessions restrict themselves, where the kernel can (see ``confinement``).
+        one_user: Whether namespaces take the place of users: the broker is in some, and the supervisor with the one
+            session in others, so that nothing of the one can be seen from the other but ``guest_socket``.
     """
 
     broker_uid: int | None = None
@@ -64,6 +66,7 @@ class SupervisorConfig:
     guest_site: str | None = None
     allowed_host_uids: tuple[int, ...] = (0,)
     landlock: bool = False
+    one_user: bool = False
 
     @property
     def separate_users(self) -> bool:
@@ -108,10 +111,13 @@ class SupervisorConfig:
             guest_site=read.optional_text("guest_site"),
             allowed_host_uids=tuple(_uid(uid) for uid in read.items("allowed_host_uids", [0])),
             landlock=read.flag("landlock", False),
+            one_user=read.flag("one_user", False),
         )
         users = {config.broker_uid is None, config.broker_gid is None, config.guest_uid_base is None}
         if len(users) != 1:
             raise BadRequest("supervisor: broker_uid, broker_gid and guest_uid_base go together")
+        if config.one_user and (config.separate_users or config.max_sessions != 1):
+            raise BadRequest("supervisor: one_user stands for users of their own, and keeps one session apart")
         return config
 
 

@@ -20,7 +20,7 @@ from broker.supervisor import link
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.landlock import Ruleset
 from broker.supervisor.oom import OomCounter
-from broker.supervisor.sweeping import GroupSweeper, Sweeper, UidSweeper
+from broker.supervisor.sweeping import GroupSweeper, NamespaceSweeper, Sweeper, UidSweeper
 from broker.supervisor.worker_child import run_worker
 
 #: Between two looks at the processes that a sweep has killed. Not on the path of any call.
@@ -65,7 +65,7 @@ class Supervisor:
         self._config, self._broker, self._broker_pid = config, broker, broker_pid
         self._ruleset = ruleset
         self._self_test = self_test
-        self._sweeper: Sweeper = UidSweeper(config) if config.separate_users else GroupSweeper()
+        self._sweeper = _sweeper(config)
         self._workers: dict[int, int] = {}  # slot -> pid
         self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
         self._sweeps: dict[int, _Sweep] = {}
@@ -253,6 +253,12 @@ class Supervisor:
     def _tell(self, message: dict[str, Any], fd: int | None = None) -> None:
         with contextlib.suppress(OSError):  # a broker that is gone is noticed by its end
             link.send(self._broker, message, fd)
+
+
+def _sweeper(config: SupervisorConfig) -> Sweeper:
+    if config.separate_users:
+        return UidSweeper(config)
+    return NamespaceSweeper() if config.one_user and os.getpid() == 1 else GroupSweeper()
 
 
 def exit_reason(status: int, *, oom: bool) -> str:

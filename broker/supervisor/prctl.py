@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import struct
+from collections.abc import Collection
 
 _PR_SET_PDEATHSIG = 1
 _PR_GET_DUMPABLE = 3
@@ -15,6 +16,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+#: KILL, SETGID, SETUID and SETPCAP: all that the supervisor ever needs.
+SUPERVISORS_CAPABILITIES = (5, 6, 7, 8)
 
 #: ``_LINUX_CAPABILITY_VERSION_3``, for this process.
 _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
@@ -50,7 +54,7 @@ def is_dumpable() -> bool:
 
 def become_user(uid: int, gid: int) -> None:
     """Turn root, with CAP_SETUID, CAP_SETGID and CAP_SETPCAP, into a user without any capability, for good."""
-    _drop_bounding_set()
+    drop_bounding_set()
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
@@ -60,9 +64,14 @@ def become_user(uid: int, gid: int) -> None:
         raise OSError(error, f"capset: {os.strerror(error)}")
 
 
-def _drop_bounding_set() -> None:
+def drop_bounding_set(keep: Collection[int] = ()) -> None:
+    """Take from this process and what it starts the right to ever gain capabilities, but those to keep.
+
+    Raises:
+        OSError: CAP_SETPCAP is missing.
+    """
     for capability in range(_MOST_CAPABILITIES):
-        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
+        if capability not in keep and _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
             error = ctypes.get_errno()
             if error == errno.EINVAL:  # the kernel's last one was before this
                 return

@@ -26,19 +26,19 @@ _MAX_REPORT_BYTES = 1 << 16
 _SUPERVISORS = ["KILL", "SETGID", "SETUID", "SETPCAP"]
 
 
-def run_self_test(config: SupervisorConfig, broker_pid: int, ruleset: landlock.Ruleset | None) -> SelfTest:
+def run_self_test(config: SupervisorConfig, broker_pid: int | None, ruleset: landlock.Ruleset | None) -> SelfTest:
     """Return what was found.
 
     Args:
         config: The supervisor's.
-        broker_pid: The broker's pid.
+        broker_pid: The broker's pid, or None where it is in another pid namespace.
         ruleset: What binds the sessions, or None.
     """
-    checks = [_supervisor(), _landlock(config, ruleset), *_as_session(config, broker_pid, ruleset)]
+    checks = [_supervisor(config), _landlock(config, ruleset), *_as_session(config, broker_pid, ruleset)]
     return SelfTest(checks=tuple(checks), limits=read_limits())
 
 
-def _as_session(config: SupervisorConfig, broker_pid: int, ruleset: landlock.Ruleset | None) -> list[Check]:
+def _as_session(config: SupervisorConfig, broker_pid: int | None, ruleset: landlock.Ruleset | None) -> list[Check]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -66,12 +66,17 @@ def _failed(found: str) -> dict[str, Any]:
     return Check(name="self-test", wanted="done", found=found, held=False).to_json()
 
 
-def _supervisor() -> Check:
+def _supervisor(config: SupervisorConfig) -> Check:
     status = read_status("self")
     held = sorted(capability_names(status["CapEff"]) + capability_names(status["CapBnd"]))
-    wanted = sorted(_SUPERVISORS * 2)
+    wanted = [] if config.one_user else _SUPERVISORS
     found = ", ".join(capability_names(status["CapEff"])) or "none"
-    return Check(name="supervisor's capabilities", wanted=", ".join(_SUPERVISORS), found=found, held=held == wanted)
+    return Check(
+        name="supervisor's capabilities",
+        wanted=", ".join(wanted) or "none",
+        found=found,
+        held=held == sorted(wanted * 2),
+    )
 
 
 def _landlock(config: SupervisorConfig, ruleset: landlock.Ruleset | None) -> Check:

@@ -64,6 +64,24 @@ class UidSweeper:
             remove_owned(folder, uid)
 
 
+class NamespaceSweeper:
+    """Everything in this pid namespace but PID 1, which sweeps, is the one session's."""
+
+    def kill(self, slot: int, worker_pid: int | None) -> None:
+        """Send SIGKILL to every process but this one."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(-1, signal.SIGKILL)
+
+    def anything_left(self, slot: int, worker_pid: int | None) -> bool:
+        """Tell whether another process still lives."""
+        return sum(1 for _ in _uids_of_processes()) > 1
+
+    def remove_files(self, slot: int) -> None:
+        """Remove whatever was made."""
+        for folder in WRITABLE_FOLDERS:
+            remove_owned(folder, os.geteuid())
+
+
 class GroupSweeper:
     """For tests without root: all sessions share the caller's uid, so only the worker's own group is ended."""
 

@@ -90,9 +90,11 @@ def _close_descriptors(keep: set[int]) -> None:
 
 
 def _set_limits(config: SupervisorConfig) -> None:
+    if config.one_user:
+        prctl.set_dumpable(True)  # the supervisor is not, and what is in /proc/self is not its own then
     Path("/proc/self/oom_score_adj").write_text("1000")  # before the drop: afterwards the file is root's
     wanted_limits = {resource.RLIMIT_NOFILE: config.nofile, resource.RLIMIT_CORE: 0}
-    if config.separate_users:  # else it would count all processes of whoever runs the tests
+    if config.separate_users or config.one_user:  # else it would count all processes of whoever runs the tests
         wanted_limits[resource.RLIMIT_NPROC] = config.nproc
     for what, wanted in wanted_limits.items():
         _, hard = resource.getrlimit(what)

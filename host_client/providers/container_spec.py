@@ -107,6 +107,10 @@ class ContainerSpec:
             "landlock": self.isolation.landlock,
         }
 
+    def tmpfs(self) -> dict[str, str]:
+        """Return the options of its file systems in memory, by where they are mounted."""
+        return {"/tmp": self._tmp_options(), GUEST_SOCKET_DIR: self._guest_socket_options()}  # noqa: S108
+
     def _identity(self) -> dict[str, Any]:
         return {
             "image": self.image,
@@ -135,7 +139,7 @@ class ContainerSpec:
             "nano_cpus": int(min(settings.cpus, os.cpu_count() or settings.cpus) * 1e9),
             "pids_limit": settings.pids,
             "shm_size": min(SHM_BYTES, settings.memory),
-            "tmpfs": {"/tmp": self._tmp_options(), GUEST_SOCKET_DIR: self._guest_socket_options()},  # noqa: S108
+            "tmpfs": self.tmpfs(),
             "ulimits": [
                 {"Name": "nofile", "Soft": OPEN_FILES, "Hard": OPEN_FILES},
                 {"Name": "core", "Soft": 0, "Hard": 0},

@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 
 from host_client.engine import connect_engine
 from host_client.errors import ForeignSession, ProviderError, SandboxError, UnknownSandbox
 from host_client.image import image_tag
+from host_client.providers.at_exit import at_exit
 from host_client.providers.base import SandboxHandle
 from host_client.providers.container_spec import LABEL, LABEL_HOST_UID, LABEL_NAME
 from host_client.providers.docker_engine import ContainerNotFound
@@ -179,7 +179,7 @@ class DockerProvider:
         with process.lock:
             first, process.has_exit_hook = not process.has_exit_hook, True
         if first:
-            _at_exit(self.stop_all_owned)
+            at_exit(_Process, self.stop_all_owned)
 
     def _reap_once(self, engine: Engine, runtime: RuntimeDir) -> None:
         process = self._process
@@ -211,14 +211,3 @@ class DockerProvider:
                 if not process.users:
                     # The SDK keeps a connection for each path it has asked for; asking again opens them anew.
                     engine.close()
-
-
-def _at_exit(stop: Callable[[], None]) -> None:
-    """Run ``stop`` when this process exits; children of ``multiprocessing`` skip ``atexit``."""
-    util = sys.modules.get("multiprocessing.util")
-    process = sys.modules.get("multiprocessing.process")
-    if util is not None and process is not None and process.parent_process() is not None:
-        util.Finalize(None, stop, exitpriority=0)
-    else:
-        # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
-        weakref.finalize(_Process, stop)

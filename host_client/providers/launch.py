@@ -209,7 +209,7 @@ def _wait_until_healthy(engine: Engine, container_id: str, spec: ContainerSpec, 
     timeout_s = spec.settings.start_timeout_s
     try:
         health = wait_until_ready(
-            lambda left_s: _probe(spec.directory / runtime_dir.SOCKET_NAME, left_s),
+            lambda left_s: probe(spec.directory / runtime_dir.SOCKET_NAME, left_s),
             watch=watch,
             pid=engine.inspect(container_id)["State"].get("Pid"),
             is_running=lambda: death_reason(engine.inspect(container_id)["State"]) is None,
@@ -232,7 +232,12 @@ def _wait_until_healthy(engine: Engine, container_id: str, spec: ContainerSpec, 
         )
 
 
-def _probe(socket_path: Path, left_s: float) -> dict[str, Any]:
+def probe(socket_path: Path, left_s: float) -> dict[str, Any]:
+    """Return a sandbox's health.
+
+    Raises:
+        NotReady: It does not answer yet.
+    """
     transport = UnixSocketTransport(socket_path)
     try:
         return transport.request("GET", "/v1/health", timeout_s=left_s).header

@@ -12,6 +12,7 @@ from typing import Any
 from host_client import SandboxInterpreter, SandboxSettings
 from host_client.errors import SessionLost
 from host_client.providers.base import SandboxHandle
+from host_client.providers.bubblewrap import BubblewrapProvider
 from host_client.providers.docker import DockerProvider
 from host_client.providers.isolation import Isolation
 from tests.adversarial.attack import Attack
@@ -22,6 +23,11 @@ PRELUDE = Path(__file__).with_name("prelude.py").read_text("utf-8")
 
 #: Small, so that bombs end quickly.
 LIMITS: dict[str, Any] = {"memory": "256m", "pids": 256, "tmpfs": "32m", "cpus": 1.5, "max_sessions": 4}
+
+#: Without an image, the host's Python runs the code; before 3.12, each fork copies more, as it counts references.
+OLDER_PYTHONS_MEMORY = "384m"
+
+MakeProvider = type[DockerProvider] | type[BubblewrapProvider]
 
 _SETUP_DEADLINE_S = 20.0
 
@@ -132,15 +138,17 @@ class Arena:
     """Sandboxes of one build.
 
     Args:
-        image: The image.
+        image: The image, or None where the provider runs none.
         canary: A secret of the host's.
         weak: Whether they are the weakened ones.
+        provider: Makes them.
     """
 
-    def __init__(self, image: str, canary: str, *, weak: bool) -> None:
+    def __init__(self, image: str | None, canary: str, *, weak: bool, provider: MakeProvider = DockerProvider) -> None:
         self.canary, self.weak = canary, weak
-        self.settings = SandboxSettings(image=image, environment={"GREETING": "hello"}, **LIMITS)
-        self.provider = DockerProvider(isolation_of=weakened) if weak else DockerProvider()
+        limits = LIMITS if image is not None else {**LIMITS, "memory": OLDER_PYTHONS_MEMORY}
+        self.settings = SandboxSettings(image=image, environment={"GREETING": "hello"}, **limits)
+        self.provider = provider(isolation_of=weakened) if weak else provider()
         self._target: Target | None = None
         self._shared: SandboxHandle | None = None
 

@@ -16,11 +16,13 @@ from tests.docker.sandboxes import image
 
 __all__ = ["image"]
 
-_REPORT = pytest.StashKey[Report]()
+#: By provider.
+_REPORTS = pytest.StashKey[dict[str, Report]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "family(name): the family of attacks that a test belongs to")
+    config.addinivalue_line("markers", "provider(name): what made the sandboxes, where that is not docker")
     config.addinivalue_line("markers", "weakened: the attack must succeed, in the weakened build")
 
 
@@ -59,16 +61,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     marker = item.get_closest_marker("family")
     if marker is None or not (report.when == "call" or (report.when == "setup" and not report.passed)):
         return
-    table = item.config.stash.setdefault(_REPORT, Report())
+    made_by = item.get_closest_marker("provider")
+    provider = "docker" if made_by is None else made_by.args[0]
+    table = item.config.stash.setdefault(_REPORTS, {}).setdefault(provider, Report(provider))
     weak = item.get_closest_marker("weakened") is not None
     table.add(marker.args[0], item.name, weak=weak, passed=report.passed)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    table = config.stash.get(_REPORT, None)
-    if table is None:
-        return
-    terminalreporter.section("adversarial suite")
-    for line in table.lines():
-        terminalreporter.write_line(line)
-    table.write()
+    for table in config.stash.get(_REPORTS, {}).values():
+        terminalreporter.section(f"adversarial suite, provider {table.provider}")
+        for line in table.lines():
+            terminalreporter.write_line(line)
+        table.write()

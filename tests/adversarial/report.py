@@ -10,8 +10,8 @@ from typing import Any
 
 from tests.adversarial.attack import FAMILIES
 
-#: Where the table is kept; git ignores it.
-RESULT = Path(__file__).resolve().parents[2] / "build" / "adversarial.json"
+#: Where the tables are kept; git ignores it.
+_FOLDER = Path(__file__).resolve().parents[2] / "build"
 
 
 @dataclasses.dataclass(slots=True)
@@ -26,9 +26,14 @@ class Row:
 
 
 class Report:
-    """Counts results as they come."""
+    """Counts results as they come.
 
-    def __init__(self) -> None:
+    Args:
+        provider: What made the sandboxes.
+    """
+
+    def __init__(self, provider: str = "docker") -> None:
+        self.provider = provider
         self.rows: defaultdict[str, Row] = defaultdict(Row)
 
     def add(self, family: str, name: str, *, weak: bool, passed: bool) -> None:
@@ -58,8 +63,9 @@ class Report:
         lines.append(f"{'all':<20}{total.cases:>7}{total.held:>7}   {total.fell} of {total.weakened}")
         return lines + [f"does not hold: {name}" for name in total.not_held]
 
-    def write(self, path: Path = RESULT) -> None:
+    def write(self) -> None:
         """Keep the table as JSON."""
+        path = _FOLDER / ("adversarial.json" if self.provider == "docker" else f"adversarial-{self.provider}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows: dict[str, Any] = {family: dataclasses.asdict(row) for family, row in self.rows.items()}
         path.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")

@@ -73,7 +73,8 @@ def weak_street(weak_arena: Arena) -> Iterator[Neighbourhood]:
     made.close()
 
 
-def _attack(street: Neighbourhood, attack: Attack, witnesses: Witnesses, *, weak: bool) -> None:
+def attack_neighbour(street: Neighbourhood, attack: Attack, witnesses: Witnesses, *, weak: bool) -> None:
+    """Let one session attack another of its sandbox."""
     known, victim = street.known(), street.victim()
     attacker = street.attacker()
     try:
@@ -95,7 +96,7 @@ def _attack(street: Neighbourhood, attack: Attack, witnesses: Witnesses, *, weak
 
 @pytest.mark.parametrize("attack", _REAL)
 def test_a_neighbour_is_spared_by(attack: Attack, street: Neighbourhood, witnesses: Witnesses) -> None:
-    _attack(street, attack, witnesses, weak=False)
+    attack_neighbour(street, attack, witnesses, weak=False)
 
 
 @pytest.mark.weakened
@@ -103,7 +104,7 @@ def test_a_neighbour_is_spared_by(attack: Attack, street: Neighbourhood, witness
 def test_in_the_weakened_build_a_neighbour_falls_to(
     attack: Attack, weak_street: Neighbourhood, witnesses: Witnesses
 ) -> None:
-    _attack(weak_street, attack, witnesses, weak=True)
+    attack_neighbour(weak_street, attack, witnesses, weak=True)
 
 
 @pytest.mark.family("neighbours")

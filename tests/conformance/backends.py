@@ -18,10 +18,12 @@ from host_client.factory import InterpreterFactory
 from host_client.providers.base import SandboxProvider
 from host_client.providers.fake import FakeProvider
 from host_client.scripted_broker import ScriptedStep
+from tests.conformance.dspy_versions import HAS_FLEX
 
 SCRIPTED = "scripted"
 IN_PROCESS = "in_process"
 DOCKER = "docker"
+BUBBLEWRAP = "bubblewrap"
 
 
 @dataclasses.dataclass
@@ -32,7 +34,7 @@ class Backend:
     the scripted backend follows them, the real ones run the code and ignore them.
 
     Attributes:
-        name: ``scripted``, ``in_process`` or ``docker``.
+        name: ``scripted``, ``in_process``, ``docker`` or ``bubblewrap``.
         provider: Where the real ones get sandboxes from.
     """
 
@@ -95,9 +97,28 @@ def one_container() -> Iterator[SandboxProvider]:
         docker.stop(handle)
 
 
+@contextlib.contextmanager
+def one_sandbox_without_an_engine() -> Iterator[SandboxProvider]:
+    """The same, made of namespaces."""
+    from host_client.providers.bubblewrap import BubblewrapProvider
+    from tests.bubblewrap.sandboxes import make_ready
+
+    make_ready()
+    bubblewrap = BubblewrapProvider()
+    handle = bubblewrap.start(SandboxSettings())
+    try:
+        yield FakeProvider(_Running(handle.socket_path))
+    finally:
+        bubblewrap.stop(handle)
+
+
 PROVIDERS: dict[str, Callable[[], contextlib.AbstractContextManager[SandboxProvider]]] = {
     IN_PROCESS: in_process,
     DOCKER: one_container,
+    BUBBLEWRAP: one_sandbox_without_an_engine,
 }
 BACKENDS = [SCRIPTED, IN_PROCESS, pytest.param(DOCKER, marks=pytest.mark.docker)]
-REAL_BACKENDS = BACKENDS[1:]
+# What is below the broker is not DSPy's affair: the newest DSPy alone meets it.
+_WITHOUT_ENGINE = [pytest.param(BUBBLEWRAP, marks=pytest.mark.docker)] if HAS_FLEX else []
+REAL_BACKENDS = [*BACKENDS[1:], *_WITHOUT_ENGINE]
+CORE_BACKENDS = [*BACKENDS, *_WITHOUT_ENGINE]

@@ -7,7 +7,7 @@ import dspy
 import pytest
 
 from host_client.providers.base import SandboxProvider
-from tests.conformance.backends import BACKENDS, PROVIDERS, REAL_BACKENDS, Backend
+from tests.conformance.backends import BACKENDS, CORE_BACKENDS, PROVIDERS, REAL_BACKENDS, Backend
 
 Open = Callable[[str], SandboxProvider | None]
 
@@ -28,6 +28,14 @@ def open_provider() -> Iterator[Open]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, open_provider: Open) -> Iterator[Backend]:
+    made = Backend(request.param, open_provider(request.param))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=CORE_BACKENDS)
+def core_backend(request: pytest.FixtureRequest, open_provider: Open) -> Iterator[Backend]:
+    """For the contract itself, which every provider keeps."""
     made = Backend(request.param, open_provider(request.param))
     yield made
     made.close()

@@ -25,8 +25,8 @@ def _calls(tool: str, *args: Any, **kwargs: Any) -> Any:
     return lambda execution: Step(value=execution.call(tool, *args, **kwargs))
 
 
-def test_it_satisfies_the_protocol_and_its_factory_does_not(backend: Backend) -> None:
-    factory = backend.factory()
+def test_it_satisfies_the_protocol_and_its_factory_does_not(core_backend: Backend) -> None:
+    factory = core_backend.factory()
     assert isinstance(factory(), CodeInterpreter)
     assert not isinstance(factory, CodeInterpreter)
     assert isinstance(factory.execution_instructions, str)
@@ -45,8 +45,8 @@ def test_it_satisfies_the_protocol_and_its_factory_does_not(backend: Backend) ->
         ("print('a')\n0", Step(output="a\n", value=0), 0),
     ],
 )
-def test_code_gets_the_value_or_the_text(backend: Backend, code: str, step: Step, value: Any) -> None:
-    result = backend.make(step).execute(code)
+def test_code_gets_the_value_or_the_text(core_backend: Backend, code: str, step: Step, value: Any) -> None:
+    result = core_backend.make(step).execute(code)
     assert result == value
     assert type(result) is type(value)
 
@@ -62,18 +62,18 @@ def test_code_gets_the_value_or_the_text(backend: Backend, code: str, step: Step
         ("x = 1", Step(), None),
     ],
 )
-def test_the_model_gets_everything(backend: Backend, code: str, step: Step, shown: Any) -> None:
-    assert backend.make(step, output_fields=FIELDS).execute(code) == shown
+def test_the_model_gets_everything(core_backend: Backend, code: str, step: Step, shown: Any) -> None:
+    assert core_backend.make(step, output_fields=FIELDS).execute(code) == shown
 
 
-def test_the_namespace_lasts_and_variables_are_set_anew(backend: Backend) -> None:
-    interpreter = backend.make(Step(), Step(value=[1, 5]), Step(value=[5, 1]))
+def test_the_namespace_lasts_and_variables_are_set_anew(core_backend: Backend) -> None:
+    interpreter = core_backend.make(Step(), Step(value=[1, 5]), Step(value=[5, 1]))
     interpreter.execute("kept = n + 1; n = 99", {"n": 0})
     assert interpreter.execute("[kept, n]", {"n": 5}) == [1, 5]
     assert interpreter.execute("[n, kept]") == [5, 1]
 
 
-def test_submit_is_typed_by_the_output_fields(backend: Backend) -> None:
+def test_submit_is_typed_by_the_output_fields(core_backend: Backend) -> None:
     submitted = {"answer": "a", "score": 3}
     fields = [{"name": "answer", "type": "str"}, {"name": "score", "type": "int"}]
     steps = [
@@ -82,7 +82,7 @@ def test_submit_is_typed_by_the_output_fields(backend: Backend) -> None:
         Step(error=TypeError("SUBMIT: score")),
         Step(submitted=submitted),
     ]
-    interpreter = backend.make(*steps, output_fields=fields)
+    interpreter = core_backend.make(*steps, output_fields=fields)
     assert interpreter.execute("SUBMIT('a', 3)") == FinalOutput(submitted)
     assert interpreter.execute("SUBMIT(score=3, answer='a')") == FinalOutput(submitted)
     with pytest.raises(CODE_ERROR, match="score"):
@@ -91,13 +91,13 @@ def test_submit_is_typed_by_the_output_fields(backend: Backend) -> None:
     assert interpreter.execute(code) == FinalOutput(submitted)
 
 
-def test_submit_without_output_fields_takes_one_value(backend: Backend) -> None:
-    interpreter = backend.make(Step(submitted={"output": {"a": 1}}))
+def test_submit_without_output_fields_takes_one_value(core_backend: Backend) -> None:
+    interpreter = core_backend.make(Step(submitted={"output": {"a": 1}}))
     assert interpreter.execute("SUBMIT({'a': 1})") == FinalOutput({"output": {"a": 1}})
 
 
-def test_an_error_is_repairable_and_tells_all_that_was_printed(backend: Backend) -> None:
-    interpreter = backend.make(Step(output="before\n", error=KeyError("k")), Step(value=1))
+def test_an_error_is_repairable_and_tells_all_that_was_printed(core_backend: Backend) -> None:
+    interpreter = core_backend.make(Step(output="before\n", error=KeyError("k")), Step(value=1))
     with pytest.raises(CODE_ERROR) as caught:
         interpreter.execute("x = 1\nprint('before')\n{}['k']")
     assert "KeyError: 'k'" in str(caught.value)
@@ -106,15 +106,15 @@ def test_an_error_is_repairable_and_tells_all_that_was_printed(backend: Backend)
 
 
 @pytest.mark.parametrize("code", ["def f(:", "  x = 1\n y", "a\0b", "'\ud800' +"])
-def test_invalid_source_is_a_syntax_error_and_the_session_lives(backend: Backend, code: str) -> None:
-    interpreter = backend.make(Step(error=SyntaxError("invalid syntax")), Step(value=1))
+def test_invalid_source_is_a_syntax_error_and_the_session_lives(core_backend: Backend, code: str) -> None:
+    interpreter = core_backend.make(Step(error=SyntaxError("invalid syntax")), Step(value=1))
     with pytest.raises(SyntaxError):
         interpreter.execute(code)
     assert interpreter.execute("1") == 1
 
 
-def test_a_deadline_keeps_the_namespace(backend: Backend) -> None:
-    interpreter = backend.make(
+def test_a_deadline_keeps_the_namespace(core_backend: Backend) -> None:
+    interpreter = core_backend.make(
         Step(), Step(outcome=Outcome.TIMED_OUT, error=TimeoutError("0.3 s")), Step(value=7), execution_timeout_s=0.3
     )
     interpreter.execute("x = 7")
@@ -123,8 +123,8 @@ def test_a_deadline_keeps_the_namespace(backend: Backend) -> None:
     assert interpreter.execute("x") == 7
 
 
-def test_a_dead_worker_ends_the_forward_with_its_reason(backend: Backend) -> None:
-    interpreter = backend.make(Step(session_lost="exited(3)"))
+def test_a_dead_worker_ends_the_forward_with_its_reason(core_backend: Backend) -> None:
+    interpreter = core_backend.make(Step(session_lost="exited(3)"))
     for _ in range(2):
         with pytest.raises(SessionLost) as caught:
             interpreter.execute("import os; os._exit(3)")
@@ -133,8 +133,8 @@ def test_a_dead_worker_ends_the_forward_with_its_reason(backend: Backend) -> Non
         assert isinstance(caught.value, CodeInterpreterError) == HAS_CODE_EXECUTION_ERROR
 
 
-def test_tools_added_replaced_and_removed_count_from_the_next_execute(backend: Backend) -> None:
-    interpreter = backend.make(
+def test_tools_added_replaced_and_removed_count_from_the_next_execute(core_backend: Backend) -> None:
+    interpreter = core_backend.make(
         _calls("one"), _calls("one"), Step(error=NameError("name 'one' is not defined")), _calls("two")
     )
     interpreter.tools["one"] = lambda: 1
@@ -147,25 +147,25 @@ def test_tools_added_replaced_and_removed_count_from_the_next_execute(backend: B
     assert interpreter.execute("two()") == 2
 
 
-def test_arguments_reach_a_tool_as_its_signature_says(backend: Backend) -> None:
+def test_arguments_reach_a_tool_as_its_signature_says(core_backend: Backend) -> None:
     def collect(first: Any, /, second: Any, *rest: Any, named: Any = "n", **more: Any) -> list[Any]:
         return [first, second, list(rest), named, more]
 
     code = "collect(1, 2, 3, named=4, kwargs=5, signature=6, inputs=7)"
-    interpreter = backend.make(
+    interpreter = core_backend.make(
         _calls("collect", 1, 2, 3, named=4, kwargs=5, signature=6, inputs=7), tools={"collect": collect}
     )
     assert interpreter.execute(code) == [1, 2, [3], 4, {"kwargs": 5, "signature": 6, "inputs": 7}]
 
 
-def test_a_tools_error_is_an_exception_with_its_text_in_the_code(backend: Backend) -> None:
+def test_a_tools_error_is_an_exception_with_its_text_in_the_code(core_backend: Backend) -> None:
     def fail(how: str) -> None:
         raise {"value": ValueError, "key": KeyError}[how](f"[dspy bridge lm-error #1] {how}")
 
     def caught(execution: ScriptedExecution) -> Step:
         return Step(value="ValueError [dspy bridge lm-error #1] value")
 
-    interpreter = backend.make(caught, _calls("fail", "value"), tools={"fail": fail})
+    interpreter = core_backend.make(caught, _calls("fail", "value"), tools={"fail": fail})
     code = "try:\n    fail('value')\nexcept ValueError as error:\n    x = f'{type(error).__name__} {error}'\nx"
     assert interpreter.execute(code) == "ValueError [dspy bridge lm-error #1] value"
     with pytest.raises(CODE_ERROR, match=r"\[dspy bridge lm-error #1\] value"):
@@ -173,20 +173,20 @@ def test_a_tools_error_is_an_exception_with_its_text_in_the_code(backend: Backen
 
 
 @pytest.mark.parametrize("value", [None, True, 3, 2**70, -0.5, math.inf, "s", "\ud800", [1, [2]], {"a": {"b": []}}])
-def test_plain_values_go_both_ways(backend: Backend, value: Any) -> None:
+def test_plain_values_go_both_ways(core_backend: Backend, value: Any) -> None:
     seen: list[Any] = []
 
     def same(given: Any) -> Any:
         seen.append(given)
         return given
 
-    interpreter = backend.make(lambda e: Step(value=e.call("same", e.variables["v"])), tools={"same": same})
+    interpreter = core_backend.make(lambda e: Step(value=e.call("same", e.variables["v"])), tools={"same": same})
     assert interpreter.execute("same(v)", {"v": value}) == value
     assert seen == [value]
 
 
-def test_nan_goes_both_ways(backend: Backend) -> None:
-    interpreter = backend.make(lambda e: Step(value=e.variables["v"]))
+def test_nan_goes_both_ways(core_backend: Backend) -> None:
+    interpreter = core_backend.make(lambda e: Step(value=e.variables["v"]))
     assert math.isnan(interpreter.execute("v", {"v": math.nan}))
 
 
@@ -194,18 +194,18 @@ class City(pydantic.BaseModel):
     name: str
 
 
-def test_pydantic_parameters_and_results(backend: Backend) -> None:
+def test_pydantic_parameters_and_results(core_backend: Backend) -> None:
     def shout(city: City) -> City:
         return City(name=city.name.upper())
 
     plain, wrapped = _calls("shout", {"name": "oslo"}), _calls("wrapped", city={"name": "rome"})
-    interpreter = backend.make(plain, wrapped, tools={"shout": shout, "wrapped": dspy.Tool(shout)})
+    interpreter = core_backend.make(plain, wrapped, tools={"shout": shout, "wrapped": dspy.Tool(shout)})
     assert interpreter.execute("shout({'name': 'oslo'})") == {"name": "OSLO"}
     assert interpreter.execute("wrapped(city={'name': 'rome'})") == {"name": "ROME"}
 
 
-def test_dunder_names_are_tools_and_variables_like_others(backend: Backend) -> None:
-    interpreter = backend.make(
+def test_dunder_names_are_tools_and_variables_like_others(core_backend: Backend) -> None:
+    interpreter = core_backend.make(
         lambda e: Step(value=e.call("__dspy_call__", handle=e.variables["__dspy_host_token"])),
         tools={"__dspy_call__": lambda handle: handle * 2},
     )

@@ -145,6 +145,7 @@ def test_clean_says_what_it_removes(
 ) -> None:
     fake = FakeEngine()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("host_client.bubblewrap.commands.remove_all", list)
     (tmp_path / "rlm-sandbox").mkdir()
     monkeypatch.setattr(engine, "connect_engine", lambda: fake)
     monkeypatch.setattr(image, "remove_images", lambda _: ["rlm-sandbox:123"])
@@ -161,6 +162,7 @@ def test_clean_without_an_engine_still_clears_the_cache(
         raise ImageMissing("nothing")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("host_client.bubblewrap.commands.remove_all", list)
     monkeypatch.setattr(engine, "connect_engine", fail)
     assert cli.main(["clean"]) == 0
     assert "not looked at" in capsys.readouterr().out
