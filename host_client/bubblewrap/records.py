@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from host_client.runtime_dir import RECORDS, SOCKET_NAME, RuntimeDir
 
 #: What is killed ends in milliseconds; a process that is stuck in the kernel may take longer.
 _END_LIMIT_S = 10.0
+#: The kernel gives a control group up a moment after its last process, and tells nobody.
+_GROUP_TRIES, _GROUP_PAUSE_S = 200, 0.01
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +159,7 @@ class Records:
         """Kill what is left of a sandbox, and remove its directory, its uids, its control groups and its record."""
         record.kill()
         for folder in record.groups:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+            _remove_group(folder)
         self.forget(record.sandbox_id)
 
     def forget(self, sandbox_id: str) -> None:
@@ -185,6 +190,20 @@ class Records:
 def labels(pids: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the labels of the processes that a keeper announced."""
     return tuple(Owner.of(pid).label() for pid in (*pids["pids"], pids["builder"]))
+
+
+def _remove_group(folder: str) -> None:
+    """Remove a control group; where its keeper was killed, its last processes may still be on their way out."""
+    for _ in range(_GROUP_TRIES):
+        try:
+            os.rmdir(folder)
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(_GROUP_PAUSE_S)
+        else:
+            return
+    log.warning("the control group %s stays", folder)
 
 
 def _kill(label: str) -> None:

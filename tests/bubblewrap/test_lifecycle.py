@@ -119,6 +119,7 @@ def test_one_whose_keeper_is_killed_ends_with_it(provider: BubblewrapProvider, r
     assert provider.why_dead(handle) == "killed"
     provider.stop(handle)
     assert leaks(runtime) == []
+    assert not any(Path(folder).exists() for folder in record.groups)
 
 
 def test_memory_that_runs_out_is_told_as_such(provider: BubblewrapProvider) -> None:
