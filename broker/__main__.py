@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import signal
@@ -62,7 +63,7 @@ def with_own_check(supervisor: SupervisorClient, config: SupervisorConfig) -> Se
         found=", ".join(faults) or "as wanted",
         held=not faults,
     )
-    return SelfTest(checks=(*report.checks, check), limits=report.limits)
+    return dataclasses.replace(report, checks=(*report.checks, check))
 
 
 def _raise_descriptor_limit() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import socket
@@ -13,9 +12,9 @@ import sys
 from pathlib import Path
 
 from broker.protocol.reading import BadRequest
-from broker.protocol.self_test import SelfTest
 from broker.supervisor import confinement, prctl
 from broker.supervisor.config import SupervisorConfig
+from broker.supervisor.nursery import Nursery
 
 
 def main(arguments: list[str]) -> int:
@@ -40,17 +39,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(config: SupervisorConfig, link: socket.socket, broker_pid: int | None) -> int:
-    # Loaded only now, while the broker starts beside us.
-    from broker.supervisor.core import Supervisor
-    from broker.supervisor.self_test import run_self_test
-
-    importlib.import_module("broker.worker.main")  # the workers inherit it
     if os.getpid() != 1:
         prctl.become_subreaper()
-    ruleset = confinement.for_workers(config)
+    nursery = Nursery(config)
     # Attached, in tests, there is no boundary to look at.
-    self_test = SelfTest() if broker_pid is None else run_self_test(config, broker_pid, ruleset)
-    return Supervisor(config, link, broker_pid, ruleset, self_test).run()
+    nursery.start(broker_pid)
+    # Loaded only now, while broker and zygote start beside us.
+    from broker.supervisor.core import Supervisor
+
+    return Supervisor(config, link, broker_pid, nursery).run()
 
 
 def _start_broker(config: SupervisorConfig, link: socket.socket, raw_config: str) -> int:
