@@ -66,10 +66,9 @@ def _as_session(config: SupervisorConfig, broker_pid: int, ruleset: landlock.Rul
     finally:
         os.close(reader)
         # The zygote may kill what is still its own user's, and, as the session, what is the session's.
-        with contextlib.suppress(PermissionError):
-            os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(PermissionError), prctl.acting_as(config.guest_uid(0)):
-            os.kill(pid, signal.SIGKILL)
+        for uid in {os.geteuid(), config.guest_uid(0) if config.separate_users else os.geteuid()}:
+            with contextlib.suppress(PermissionError), prctl.acting_as(uid):
+                os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return [Check.from_json(check) for check in json.loads(report or json.dumps([_failed("no report")]))]
 
