@@ -73,7 +73,7 @@ class SandboxSettings:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "docker"
-    max_sessions: int = 16
+    max_sessions: int = 64
     max_output_bytes: int = 1 << 20
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
