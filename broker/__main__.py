@@ -9,15 +9,18 @@ import signal
 import socket
 import sys
 
-import gevent
+from broker.lean_imports import lean_imports
 
-from broker.daemon import Daemon
-from broker.logs import Log
-from broker.protocol.self_test import Check, SelfTest
-from broker.supervisor import prctl
-from broker.supervisor.config import SupervisorConfig
-from broker.supervisor.proc_status import has_no_capabilities, read_status
-from broker.supervisor_client import SupervisorClient
+with lean_imports():
+    import gevent
+
+    from broker.daemon import Daemon
+    from broker.logs import Log
+    from broker.protocol.self_test import Check, SelfTest
+    from broker.supervisor import prctl
+    from broker.supervisor.config import SupervisorConfig
+    from broker.supervisor.proc_status import has_no_capabilities, read_status
+    from broker.supervisor_client import SupervisorClient
 
 
 def main(arguments: list[str]) -> int:
