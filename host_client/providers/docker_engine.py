@@ -321,8 +321,7 @@ def _require_version(version: str, url: str) -> None:
     found = tuple(int(part) for part in version.split("."))
     if found < MIN_API_VERSION:
         raise EngineTooOld(
-            f"The Docker engine at {url} is too old: it speaks API {version}, "
-            f"and 1.41 (Docker 20.10) is needed.",
+            f"The Docker engine at {url} is too old: it speaks API {version}, and 1.41 (Docker 20.10) is needed.",
             help="Upgrade it; on Debian and Ubuntu: sudo apt-get install -y docker.io",
         )
 
