@@ -10,6 +10,7 @@
     │ ├ ImageBuildFailed
     │ ├ DiskFull
     │ ├ SandboxTooWeak                it came out weaker than asked for, and was thrown away
+    │ ├ PreloadFailed                 a module of the setting ``preload`` cannot be imported in the sandbox
     │ ├ BadSetting                    a setting, tool, output field or variable that cannot work
     │ ├ JournalNewer                  the journal of tool calls was written by a newer version of this package
     │ ├ UnknownSession                there is no such session to attach to, or more than one
@@ -105,6 +106,12 @@ class SandboxTooWeak(SetupError):
     def __init__(self, message: str, *, checks: Sequence[Check], help: str | None = None) -> None:
         super().__init__(message, help=help)
         self.checks = tuple(checks)
+
+
+class PreloadFailed(SetupError):
+    """A module of the setting ``preload`` cannot be imported in the sandbox; nothing ran, and nothing is left."""
+
+    code = "preload_failed"
 
 
 class BadSetting(SetupError, ValueError):

@@ -36,6 +36,8 @@ class SandboxSettings:
     Attributes:
         image: Image to run, or None for the one built from this package's own files.
         packages: Requirement strings of extra packages for generated code, such as ``("matplotlib",)``.
+        preload: Modules that generated code finds imported already, such as ``("numpy", "pandas")``: they must be in
+            the image. Imported once in each sandbox, while it starts; its sessions share their memory.
         memory: Memory limit in bytes (also ``"1g"``); swap is off.
         cpus: CPU limit in cores.
         pids: Most processes and threads.
@@ -59,6 +61,7 @@ class SandboxSettings:
 
     image: str | None = None
     packages: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
     memory: int = 1 << 30
     cpus: float = 2.0
     pids: int = 2048
@@ -70,7 +73,7 @@ class SandboxSettings:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "docker"
-    max_sessions: int = 16
+    max_sessions: int = 64
     max_output_bytes: int = 1 << 20
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
@@ -81,6 +84,7 @@ class SandboxSettings:
         for name in ("memory", "tmpfs"):
             object.__setattr__(self, name, _checked(name, parse_size, getattr(self, name)))
         object.__setattr__(self, "packages", tuple(self.packages))
+        object.__setattr__(self, "preload", _checked("preload", _modules, self.preload))
         object.__setattr__(self, "environment", dict(self.environment))
         object.__setattr__(self, "secrets", Secrets.of(self.secrets))
         twice = sorted(set(self.secrets).intersection(self.environment))
@@ -141,6 +145,13 @@ def _parse_list(raw: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in raw.split(",") if part.strip())
 
 
+def _modules(names: Collection[str]) -> tuple[str, ...]:
+    for name in (names,) if isinstance(names, str) else names:
+        if isinstance(names, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"{name!r} must be a tuple of names of modules, such as ('numpy', 'pandas')")
+    return tuple(names)
+
+
 def _parse_pairs(raw: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in _parse_list(raw)]
     for name, equals, _ in pairs:
@@ -151,6 +162,7 @@ def _parse_pairs(raw: str) -> dict[str, str]:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "packages": _parse_list,
+    "preload": _parse_list,
     "memory": parse_size,
     "tmpfs": parse_size,
     "cpus": float,

@@ -46,6 +46,7 @@ class SupervisorConfig:
         broker_site: Folder with the broker's packages, or None.
         guest_site: Folder with generated code's packages, or None.
         allowed_host_uids: Who may speak on the host's socket, beside the broker's own uid.
+        preload: Modules that generated code finds imported already.
         landlock: Whether broker and sessions restrict themselves, where the kernel can (see ``confinement``).
     """
 
@@ -64,6 +65,7 @@ class SupervisorConfig:
     guest_site: str | None = None
     allowed_host_uids: tuple[int, ...] = (0,)
     landlock: bool = False
+    preload: tuple[str, ...] = ()
 
     @property
     def separate_users(self) -> bool:
@@ -108,6 +110,7 @@ class SupervisorConfig:
             guest_site=read.optional_text("guest_site"),
             allowed_host_uids=tuple(_uid(uid) for uid in read.items("allowed_host_uids", [0])),
             landlock=read.flag("landlock", False),
+            preload=tuple(read.texts("preload", [])),
         )
         users = {config.broker_uid is None, config.broker_gid is None, config.guest_uid_base is None}
         if len(users) != 1:

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from broker.supervisor.config import SupervisorConfig
-
-#: Where a session can have left files; the rest of the sandbox is read-only.
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm")  # noqa: S108
+from broker.supervisor.confinement import WRITABLE_FOLDERS
 
 
 class Sweeper(Protocol):

@@ -105,6 +105,7 @@ class ContainerSpec:
             "guest_site": GUEST_SITE,
             "allowed_host_uids": [os.geteuid()],
             "landlock": self.isolation.landlock,
+            "preload": self.settings.preload,
         }
 
     def _identity(self) -> dict[str, Any]:
