@@ -27,12 +27,14 @@ from host_client.errors import (
     BadSetting,
     BrokerError,
     BrokerUnreachable,
+    BudgetExceeded,
     CallGone,
     DiskFull,
     EnginePermission,
     EngineUnavailable,
     Fenced,
     ForeignSession,
+    HistoryUnusable,
     ImageBuildFailed,
     ImageMissing,
     JournalNewer,
@@ -46,6 +48,7 @@ from host_client.errors import (
     SessionBusy,
     SessionLost,
     SetupError,
+    UnknownRun,
     UnknownSandbox,
     UnknownSession,
 )
@@ -53,10 +56,12 @@ from host_client.settings import SandboxSettings
 from host_client.tool_marks import current_call, tool
 
 if TYPE_CHECKING:
+    from host_client.budgets import Budget as Budget
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
 
 _LAZY = {
+    "Budget": "host_client.budgets",
     "SandboxInterpreter": "host_client.interpreter",
     "ScriptedBroker": "host_client.scripted_broker",
 }
@@ -65,12 +70,15 @@ __all__ = [
     "BadSetting",
     "BrokerError",
     "BrokerUnreachable",
+    "Budget",
+    "BudgetExceeded",
     "CallGone",
     "DiskFull",
     "EnginePermission",
     "EngineUnavailable",
     "Fenced",
     "ForeignSession",
+    "HistoryUnusable",
     "ImageBuildFailed",
     "ImageMissing",
     "JournalNewer",
@@ -87,6 +95,7 @@ __all__ = [
     "SessionBusy",
     "SessionLost",
     "SetupError",
+    "UnknownRun",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",

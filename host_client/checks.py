@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from broker.protocol.messages import OutputField
+from host_client.budgets import Budget
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
@@ -31,6 +32,7 @@ def check_keywords(
     idempotent: Any = (),
     journal: Any = None,
     secrets: Any = None,
+    budget: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -54,6 +56,8 @@ def check_keywords(
     Secrets.of(secrets)
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise BadSetting(f"budget must be a Budget, got {type(budget).__name__}")
     check_timeout(execution_timeout_s)
 
 

@@ -14,10 +14,12 @@ from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, O
 from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
 from host_client import checks
 from host_client.broker_client import News
+from host_client.budgets import Budget
 from host_client.dspy_compat import DspyContract, contract, observed
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions
+from host_client.history.watch import Watch
 from host_client.journal import Journal
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver
@@ -56,6 +58,7 @@ class SandboxInterpreter:
         secrets: Environment variables of generated code, ``{"NAME": value}`` or ``["NAME"]`` for one of this process'
             environment; in place of those in the settings. Their values are masked in whatever comes back.
         provider: Where sandboxes come from; by default what the settings say.
+        budget: Limits of each run, nested runs included; see ``host_client.Budget``.
 
     Raises:
         BadSetting: An argument that cannot work.
@@ -76,6 +79,7 @@ class SandboxInterpreter:
         journal: Journal | None = None,
         secrets: Mapping[str, str] | Collection[str] | None = None,
         provider: SandboxProvider | None = None,
+        budget: Budget | None = None,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -89,6 +93,7 @@ class SandboxInterpreter:
             idempotent=idempotent,
             journal=journal,
             secrets=secrets,
+            budget=budget,
         )
         self._tools: dict[str, Callable[..., Any]] = dict(tools or {})
         self.output_fields = output_fields
@@ -101,7 +106,7 @@ class SandboxInterpreter:
         self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
         self._session_name, self._address = session, attach
-        self._idempotent, self._given_journal = tuple(idempotent), journal
+        self._idempotent, self._given_journal, self._budget = tuple(idempotent), journal, budget
         self._dspy = contract()
         self._table = ToolTable(idempotent)
         self._alone = _Alone(self._dspy)
@@ -113,6 +118,7 @@ class SandboxInterpreter:
         self._finalizer: weakref.finalize[..., SandboxInterpreter] | None = None
         self._lost: SessionLost | None = None
         self._ended = False
+        self._watch = Watch(self, budget)
 
     @classmethod
     def factory(cls, **keywords: Any) -> InterpreterFactory:
@@ -166,7 +172,7 @@ class SandboxInterpreter:
     @property
     def execution_instructions(self) -> str:
         """What a model should know about where its code runs."""
-        return execution_instructions(self.settings)
+        return execution_instructions(self.settings, self._budget)
 
     @property
     def sandbox_handle(self) -> SandboxHandle | None:
@@ -211,7 +217,7 @@ class SandboxInterpreter:
             SessionBusy: An execution is running already, in another thread or around this tool.
         """
         with self._alone:
-            return self._execute(code, variables)
+            return self._watch.execute(self._execute, code, variables)
 
     __call__ = execute
 
@@ -239,7 +245,7 @@ class SandboxInterpreter:
         tool = self._table.get(tool_name)
         if tool is None:
             raise NameError(f"there is no tool {tool_name!r}")
-        return await_result(tool.call(args, kwargs))
+        return self._watch.tool(tool_name, args, kwargs, lambda: await_result(tool.call(args, kwargs)))
 
     @observed
     def shutdown(self) -> None:
@@ -254,6 +260,7 @@ class SandboxInterpreter:
             session.close()
         if self._finalizer is not None:
             self._finalizer.detach()
+        self._watch.close()
 
     def __enter__(self) -> SandboxInterpreter:
         self.start()
@@ -276,6 +283,7 @@ class SandboxInterpreter:
             idempotent=self._idempotent,
             journal=self._given_journal,
             provider=self._provider,
+            budget=self._budget,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -343,7 +351,7 @@ class SandboxInterpreter:
             tools=None if session.tools_sent else self._table.definitions(),
             output_fields=None if session.known_fields == wanted else wanted,
             drop=session.keeper.drop(),
-            timeout_s=self.execution_timeout_s,
+            timeout_s=self._watch.timeout_s(self.execution_timeout_s),
             timeout_includes_tools=self.settings.timeout_includes_tools,
             max_output_bytes=self.settings.max_output_bytes,
         )

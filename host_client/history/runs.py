@@ -1,0 +1,286 @@
+"""One run under way: what it spends, and the rows that it leaves in the history."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import threading
+import time
+from typing import Any
+
+from host_client.errors import BudgetExceeded
+from host_client.history.records import (
+    DONE,
+    EXTRACTED,
+    FAILED,
+    INTERRUPTED,
+    OVER_BUDGET,
+    RUNNING,
+    CallRow,
+    ExecutionRow,
+    IterationRow,
+    RunRow,
+)
+from host_client.history.texts import described
+from host_client.history.writer import HistoryWriter, MakeRow
+from host_client.masking import Masker
+from host_client.spending import Account, accounts
+
+#: Rows of one run; what comes after is counted, and not kept.
+MAX_ROWS = 20_000
+#: Rows of a run that no interpreter of ours has joined (yet).
+_MAX_WAITING = 1_000
+
+
+class Run(Account):
+    """A run, as an account that collects what happens in it. Safe to use from many threads.
+
+    Nothing is written before an interpreter joins it (``record_to``): a module that runs its code elsewhere leaves
+    no trace.
+
+    Args:
+        module: Name of the module.
+        signature: Its signature.
+        inputs: Its arguments, of which only kinds and sizes are kept.
+        call_id: DSPy's id of the call.
+        module_id: Which module it is, by ``id()``.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *,
+        signature: str = "",
+        inputs: dict[str, Any] | None = None,
+        call_id: str | None = None,
+        module_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.id = base64.b32encode(os.urandom(5)).decode().lower()
+        self.parent = current_run()
+        self.call_id, self.module_id = call_id, module_id
+        self.module, self.signature = module, signature
+        self.inputs = {name: described(value) for name, value in (inputs or {}).items()}
+        self.iteration = 0
+        self._last_kind = ""
+        self._began_at = time.time()
+        self._executions, self._calls = itertools.count(1), itertools.count(1)
+        self._executed = self._rows = 0
+        self._maskers: tuple[Masker, ...] = ()
+        # Guards the two below: a row goes to the writer, or waits for it.
+        self._lock = threading.Lock()
+        self._writer: HistoryWriter | None = None
+        self._waiting: list[MakeRow] = []
+
+    def record_to(self, writer: HistoryWriter) -> None:
+        """Write what has happened and what will; does nothing the second time."""
+        if self._writer is not None:
+            return
+        if self.parent is not None:
+            self.parent.record_to(writer)
+        with self._lock:
+            self._writer = writer
+            waiting, self._waiting = self._waiting, []
+        began = self._row(RUNNING)
+        for make in [lambda: began, *waiting]:
+            writer.put(make, self.mask)
+
+    def hide(self, masker: Masker) -> None:
+        """Mask a session's secrets in all that is written from now on, also in the runs around this one."""
+        if masker and masker not in self._maskers:
+            self._maskers = (*self._maskers, masker)
+            if self.parent is not None:
+                self.parent.hide(masker)
+
+    def mask(self, text: str) -> str:
+        """Return a text without secrets."""
+        for masker in self._maskers:
+            text = masker.text(text)
+        return text if self.parent is None else self.parent.mask(text)
+
+    def step_began(self) -> int:
+        """Begin the next iteration and return its number."""
+        self.iteration += 1
+        return self.iteration
+
+    def step_ended(
+        self, number: int, began_at: float, duration_s: float, outputs: Any, error: BaseException | None
+    ) -> None:
+        """Record an iteration: what the model wrote, or why it wrote nothing."""
+        code = _field(outputs, "code", "generated_code")
+        self._last_kind = "answer" if code is None else "action"
+        kind = self._last_kind
+        self._put(
+            lambda: IterationRow(
+                run_id=self.id,
+                number=number,
+                kind=kind,
+                started_at=began_at,
+                duration_s=duration_s,
+                reasoning=_field(outputs, "reasoning"),
+                code=code,
+                error=None if error is None else error_text(error),
+            )
+        )
+
+    def executed(
+        self,
+        *,
+        session_id: str | None,
+        began_at: float,
+        duration_s: float,
+        sandbox_s: float | None,
+        outcome: str,
+        code: str,
+        output: Any,
+        error: str | None,
+    ) -> None:
+        """Record an execution."""
+        self._executed += 1
+        number, iteration = next(self._executions), self.iteration
+        self._put(
+            lambda: ExecutionRow(
+                run_id=self.id,
+                number=number,
+                iteration=iteration,
+                session_id=session_id,
+                started_at=began_at,
+                duration_s=duration_s,
+                sandbox_s=sandbox_s,
+                outcome=outcome,
+                code=code,
+                output=output,
+                error=error,
+            )
+        )
+
+    def called(
+        self,
+        *,
+        kind: str,
+        name: str,
+        duration_s: float,
+        prompt: Any,
+        answer: Any = None,
+        answer_chars: Any = None,
+        via: str = "",
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+        cost: float | None = None,
+        cached: bool = False,
+        error: BaseException | None = None,
+    ) -> None:
+        """Record a call of a tool or of a model that has just ended."""
+        number, iteration, began_at = next(self._calls), self.iteration, time.time() - duration_s
+        self._put(
+            lambda: CallRow(
+                run_id=self.id,
+                number=number,
+                iteration=iteration,
+                kind=kind,
+                name=name,
+                via=via,
+                started_at=began_at,
+                duration_s=duration_s,
+                prompt=prompt,
+                answer=answer,
+                answer_chars=answer_chars,
+                tokens_in=tokens_in,
+                tokens_out=tokens_out,
+                cost=cost,
+                cached=cached,
+                error=None if error is None else error_text(error),
+            )
+        )
+
+    def finish(self, outputs: Any = None, error: BaseException | None = None, *, ended: bool = True) -> None:
+        """Record how it ended.
+
+        Args:
+            outputs: What the module returned, if it returned.
+            error: What it raised.
+            ended: Whether it came to an end of its own; else it was interrupted.
+        """
+        self.stop()
+        if self._writer is None:
+            self._waiting.clear()
+            return
+        row = self._row(self._outcome(error, ended), outputs, error)
+        self._writer.put(lambda: row, self.mask)
+
+    def _outcome(self, error: BaseException | None, ended: bool) -> str:
+        if error is not None:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                return INTERRUPTED
+            return OVER_BUDGET if isinstance(error, BudgetExceeded) else FAILED
+        if not ended:
+            return INTERRUPTED
+        return EXTRACTED if self.module == "RLM" and self._last_kind == "answer" else DONE
+
+    def _row(self, outcome: str, outputs: Any = None, error: BaseException | None = None) -> RunRow:
+        return RunRow(
+            id=self.id,
+            parent_id=None if self.parent is None else self.parent.id,
+            module=self.module,
+            signature=self.signature,
+            inputs=self.inputs,
+            started_at=self._began_at,
+            duration_s=None if outcome == RUNNING else self.seconds,
+            outcome=outcome,
+            outputs=_fields(outputs),
+            error=None if error is None else error_text(error),
+            iterations=self.iteration,
+            executions=self._executed,
+            calls=self.calls,
+            tokens=self.tokens,
+            cost=self.cost,
+            unpriced=self.unpriced,
+            process=os.getpid(),
+        )
+
+    def _put(self, make: MakeRow) -> None:
+        """Leave a row to the background, which also makes it: whoever waits for this has code to run."""
+        self._rows += 1
+        if self._rows > MAX_ROWS:
+            return
+        writer = self._writer
+        if writer is None:
+            with self._lock:
+                if self._writer is None:
+                    if len(self._waiting) < _MAX_WAITING:
+                        self._waiting.append(make)
+                    return
+                writer = self._writer
+        writer.put(make, self.mask)
+
+
+def current_run() -> Run | None:
+    """Return the innermost run that is under way in this context."""
+    for account in reversed(accounts.get()):
+        if isinstance(account, Run):
+            return account
+    return None
+
+
+def error_text(error: BaseException) -> str:
+    """Return an error as one text, whatever its ``__str__`` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _field(outputs: Any, *names: str) -> str | None:
+    for name in names:
+        value = getattr(outputs, name, None) if outputs is not None else None
+        if value is not None and not callable(value):
+            return str(getattr(value, "code", value))
+    return None
+
+
+def _fields(outputs: Any) -> dict[str, Any] | None:
+    items = getattr(outputs, "items", None)
+    if outputs is None or not callable(items):
+        return None
+    return {str(name): value for name, value in items() if name not in ("trajectory", "final_reasoning")}
