@@ -17,13 +17,14 @@ from host_client.history.export import as_dict, run_as_dict
 from host_client.history.records import NO_MODULE, RUNNING, CallRow, ExecutionRow, IterationRow, RunRow, WholeRun
 from host_client.history.store import History, default_path, path_of
 from host_client.settings import SandboxSettings
+from host_client.spending import QUERY, QUERY_BATCHED
 
 HEADINGS = ("ID", "WHEN", "RUN", "ITER", "CALLS", "TOKENS", "COST", "TIME", "OUTCOME")
 
 #: Shown of a text without --full, in lines.
 _REASONING_LINES, _CODE_LINES, _OUTPUT_LINES, _MESSAGE_LINES = 6, 30, 12, 12
 _ALL = 1_000_000
-_MIN_WIDTH = 60
+_MIN_WIDTH, _ROOMY = 60, 100
 #: The column that gives way.
 _RUN_COLUMN, _MIN_RUN_CHARS = 2, 8
 
@@ -97,12 +98,14 @@ def export_run(history: History, run_id: str, out: Path | None) -> int:
 def table(runs: list[RunRow], width: int) -> list[str]:
     """Lay runs out in columns that fit a width."""
     today = datetime.date.today()
-    rows = [HEADINGS, *(_cells(run, today) for run in runs)]
+    clock = "%H:%M" if width < _ROOMY else "%H:%M:%S"
+    rows = [HEADINGS, *(_cells(run, today, clock) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    others = sum(widths) - widths[_RUN_COLUMN] + 2 * (len(widths) - 1)
+    gap = " " if width < _ROOMY else "  "
+    others = sum(widths) - widths[_RUN_COLUMN] + len(gap) * (len(widths) - 1)
     widths[_RUN_COLUMN] = max(_MIN_RUN_CHARS, min(widths[_RUN_COLUMN], width - others))
     return [
-        "  ".join(one_line(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        gap.join(one_line(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
 
@@ -131,7 +134,7 @@ def run_lines(whole: WholeRun, width: int, *, full: bool) -> Iterator[str]:
         for execution in ran:
             yield from _execution(execution, steps.get(number), width, full)
         yield from _calls([call for call in asked if not _is_own(call)], width, full)
-    if whole.run.error:
+    if whole.run.error and not any(step.error == whole.run.error for step in whole.iterations):
         yield from ["", *_block(whole.run.error, width, _OUTPUT_LINES, full)]
 
 
@@ -155,7 +158,7 @@ def prompt_lines(call: CallRow, width: int, *, full: bool) -> Iterator[str]:
 
 def _head(whole: WholeRun, width: int) -> Iterator[str]:
     run = whole.run
-    yield one_line(f"run {run.id}  {_name(run)}", width)
+    yield one_line(f"run {run.id}, {_name(run)}", width)
     spent = [
         count(run.iterations, "iteration"),
         count(run.executions, "execution"),
@@ -171,7 +174,7 @@ def _head(whole: WholeRun, width: int) -> Iterator[str]:
     if run.parent_id:
         yield f"inside the run {run.parent_id}"
     for nested in whole.nested:
-        yield one_line(f"nested run {nested.id}  {_name(nested)}, {_outcome(nested)}, {_duration(nested)}", width)
+        yield one_line(f"nested run {nested.id}, {_name(nested)}, {_outcome(nested)}, {_duration(nested)}", width)
 
 
 def _rule(number: int, step: IterationRow | None, own: list[CallRow], width: int) -> str:
@@ -207,18 +210,19 @@ def _execution(ran: ExecutionRow, step: IterationRow | None, width: int, full: b
 
 
 def _calls(asked: list[CallRow], width: int, full: bool) -> Iterator[str]:
+    models = [call for call in asked if call.kind == "model"]
     if asked:
-        yield "calls"
+        tokens = sum(call.tokens_in + call.tokens_out for call in models)
+        yield f"calls ({count(len(models), 'call')} of models, {tokens:,} tokens)" if models else "calls"
     for call in asked:
+        if call.via in (QUERY, QUERY_BATCHED) and not full:
+            continue  # the tool's own row has its prompts
         name = call.name if call.kind == "tool" else f"{call.name} for {call.via}"
-        yield one_line(f"  {name}, {_used(call)}", width)
-        prompt = _prompt(call)
-        yield from ("  " + line for line in _block(prompt, width - 2, 2, full))
+        yield "  " + one_line(f"{name}, {_used(call)}", width - 2)
+        yield from ("  " + line for line in _block(_prompt(call), width - 2, 2, full))
         if full and call.answer is not None:
-            yield from [
-                "  answer:",
-                *("  " + line for line in _block(_text(_json(call.answer, "")), width - 2, 2, full)),
-            ]
+            answer = _block(_text(_json(call.answer, "")), width - 2, 2, full)
+            yield from ["  answer:", *("  " + line for line in answer)]
 
 
 def _used(call: CallRow) -> str:
@@ -260,15 +264,15 @@ def _ruled(title: str, width: int) -> str:
     return f"── {title} {'─' * (width - len(title) - 4)}"
 
 
-def _cells(run: RunRow, today: datetime.date) -> tuple[str, ...]:
+def _cells(run: RunRow, today: datetime.date, clock: str) -> tuple[str, ...]:
     when = _moment(run.started_at)
     return (
         run.id,
-        f"{when:%H:%M:%S}" if when.date() == today else f"{when:%m-%d %H:%M}",
+        when.strftime(clock) if when.date() == today else f"{when:%m-%d %H:%M}",
         _name(run),
         str(run.iterations),
         str(run.calls),
-        f"{run.tokens:,}" if run.tokens < 100_000 else f"{run.tokens / 1000:,.0f}k",
+        f"{run.tokens:,}" if run.tokens < 10_000 else f"{run.tokens / 1000:,.0f}k",
         _cost(run),
         _duration(run),
         _outcome(run),
@@ -280,7 +284,7 @@ def _name(run: RunRow) -> str:
 
 
 def _cost(run: RunRow) -> str:
-    return f"${run.cost:.4f}" if run.cost else "-" if run.unpriced or not run.tokens else "$0"
+    return f"${run.cost:.{2 if run.cost >= 1 else 4}f}" if run.cost else "-" if run.unpriced or not run.tokens else "$0"
 
 
 def _duration(run: RunRow) -> str:

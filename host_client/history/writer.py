@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from host_client.errors import HistoryUnusable
 from host_client.history import store
@@ -42,31 +42,40 @@ class HistoryWriter:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._users = 0
+        self._said = self._exiting = False
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin anew: at first, and after a fork, where thread, locks, connection and what waits are the parent's."""
         # Append and popleft are atomic; what a thread has put is written by whichever thread writes.
         self._waiting: collections.deque[tuple[MakeRow, Mask]] = collections.deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()
-        # Guards the three below: a thread is there, or the next put starts one. Reentrant: the garbage collector may
+        # Guards _thread and _users: a thread is there, or the next put starts one. Reentrant: the garbage collector may
         # release an interpreter in any thread, also in one that is in here.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._users = 0
-        self._pid = os.getpid()
         # Held by whoever writes to the file. Guards _db and _batches; the connection is there while the thread is.
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
         self._db: sqlite3.Connection | None = None
         self._batches = 0
-        self._said = False
+        self._pid = os.getpid()
 
     def put(self, make: MakeRow, mask: Mask) -> None:
         """Record a row soon, made by then."""
+        if self._pid != os.getpid():
+            self._reset()
         if len(self._waiting) >= MAX_WAITING:
             self._say("its disk does not keep up; some of it is left out")
             return
         self._waiting.append((make, mask))
+        if self._exiting:
+            self.flush()
+            return
         if not self._wake.is_set():
             self._wake.set()
-        if self._thread is None or self._pid != os.getpid():
+        if self._thread is None:
             self._start()
 
     def acquire(self) -> None:
@@ -90,19 +99,25 @@ class HistoryWriter:
 
     def flush(self) -> None:
         """Write what waits, on this thread."""
+        if self._pid != os.getpid():
+            self._reset()
         with self._writing:
             self._write()
             if self._thread is None:
                 self._close()
 
+    def exit(self) -> None:
+        """Write what waits, and from now on at once: the process ends, and threads with it."""
+        self._exiting = True
+        self.flush()
+
     def _start(self) -> None:
         with self._lock:
-            if self._pid != os.getpid():  # after a fork: the thread stayed with the parent, which writes what waited
-                self._writing, self._pid, self._thread, self._db = threading.Lock(), os.getpid(), None, None
             if self._thread is None:
                 self._hurry.clear()
-                self._thread = threading.Thread(target=self._work, name="rlm-sandbox history", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="rlm-sandbox history", daemon=True)
+                self._thread = thread
+                thread.start()
 
     def _work(self) -> None:
         while True:
@@ -124,13 +139,10 @@ class HistoryWriter:
             self._close()
 
     def _write(self) -> None:
-        rows = []
-        while self._waiting:
-            make, mask = self._waiting.popleft()
-            rows.append((make(), mask))
-        if not rows:
+        if not self._waiting:
             return
         try:
+            rows = list(self._made())
             if self._db is None:
                 self._db = store.connect(self.path)
             store.write(self._db, rows)
@@ -141,6 +153,14 @@ class HistoryWriter:
             self._say(str(error))
         except Exception as error:  # whatever it is, no run may fail of it
             self._say(f"{type(error).__name__}: {error}")
+
+    def _made(self) -> Iterator[tuple[Row, Mask]]:
+        while self._waiting:
+            make, mask = self._waiting.popleft()
+            try:
+                yield make(), mask
+            except Exception as error:  # one that cannot be made takes no other with it
+                self._say(f"{type(error).__name__}: {error}")
 
     def _close(self) -> None:
         # A thread that was started in the meantime opens its own.
@@ -177,4 +197,4 @@ def flush(path: str) -> None:
 @atexit.register
 def _flush_all() -> None:
     for writer in list(_writers.values()):
-        writer.flush()
+        writer.exit()
