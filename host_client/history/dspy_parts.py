@@ -52,14 +52,14 @@ class DspyParts:
             # Before 3.3, llm_query_batched forgets dspy.context(), and whose budget it spends, in its threads.
             rlm.ThreadPoolExecutor = ContextPool
 
-    def install(self, observer: type) -> None:
+    def install(self, observer: Any) -> None:
         """Let an observer see all that happens under the callbacks that are active now; does nothing the second time.
 
         Added to the list in place: ``dspy.configure`` belongs to one thread, and ``dspy.context`` ends with its block.
         """
         active = self._dspy.settings.callbacks
         if isinstance(active, list) and not any(getattr(callback, OURS, False) for callback in active):
-            active.append(self._observer(observer))
+            active.append(observer)
 
     def active_call(self) -> str | None:
         """Return the id of DSPy's call that is under way in this context."""
@@ -86,9 +86,9 @@ class DspyParts:
                     return _usage(entry)
         return None
 
-    @functools.cache  # noqa: B019 - there is one of these
-    def _observer(self, observer: type) -> Any:
-        return type(observer.__name__, (observer, self._callback.BaseCallback), {})()
+    def as_callback(self, observer: type) -> type:
+        """Return a class of callbacks that does what this one does, and nothing where it does nothing."""
+        return type(observer.__name__, (observer, self._callback.BaseCallback), {})
 
 
 @functools.cache

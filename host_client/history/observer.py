@@ -6,6 +6,7 @@ Callbacks only observe: what they raise, DSPy logs and goes on. Limits are enfor
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ class RunObserver:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunObserver:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return the_observer, ()  # whoever pickles DSPy's settings gets the one of the process that reads them
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Open a run, or note the beginning of a step of one."""
@@ -109,9 +113,16 @@ class RunObserver:
 setattr(RunObserver, OURS, True)
 
 
+@functools.cache
+def the_observer() -> RunObserver:
+    """Return the one observer of this process, as a callback of DSPy's."""
+    observer: RunObserver = parts().as_callback(RunObserver)()
+    return observer
+
+
 def install() -> None:
     """See to it that runs are seen, under the callbacks that are active in this context."""
-    parts().install(RunObserver)
+    parts().install(the_observer())
 
 
 def watch_models(budget: Budget) -> None:

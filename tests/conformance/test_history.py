@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +192,30 @@ def test_a_nested_run_gets_no_grace_when_the_run_around_it_has_nothing_left(back
     assert len(refused) == 1
     assert "BudgetExceeded" in outputs_of(prediction)[0]
     assert prediction.answer == "outer"
+
+
+def test_runs_side_by_side_have_an_account_and_a_record_each(backend: Backend) -> None:
+    program = rlm("q -> answer", backend.factory(budget=Budget(max_calls=2))) if HAS_FACTORY else None
+
+    def run(number: int) -> str:
+        # Before 3.3 a module has one interpreter, and two runs cannot share it.
+        mine = program or rlm("q -> answer", backend.factory(budget=Budget(max_calls=2)))
+        with dspy.context(lm=PricedLM("x = llm_query('a')", "y = llm_query('b')", f"SUBMIT('{number}')")):
+            return str(mine(q="?").answer)
+
+    numbers = list(range(6))
+    with ThreadPoolExecutor(1 if program is None else 4) as pool:
+        assert list(pool.map(run, numbers)) == [str(number) for number in numbers]
+    backend.close()
+    runs = History().runs()
+    assert [(run.parent_id, run.iterations, run.calls, run.tokens) for run in runs] == [(None, 3, 2, 600)] * 6
+
+
+def test_dspy_s_settings_can_still_be_copied_and_pickled(backend: Backend) -> None:
+    backend.make()
+    callbacks = dspy.settings.callbacks
+    assert len(callbacks) >= 1
+    assert pickle.loads(pickle.dumps(callbacks))[0] is copy.deepcopy(callbacks)[0] is callbacks[0]
 
 
 def test_aforward_is_recorded_and_limited_too(backend: Backend) -> None:
