@@ -211,7 +211,7 @@ class Run(Account):
 
     def _outcome(self, error: BaseException | None, ended: bool) -> str:
         if error is not None:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            if not isinstance(error, Exception):  # Ctrl-C, or a cancelled task
                 return INTERRUPTED
             return OVER_BUDGET if isinstance(error, BudgetExceeded) else FAILED
         if not ended:

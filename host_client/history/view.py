@@ -269,7 +269,7 @@ def _cells(run: RunRow, today: datetime.date, clock: str) -> tuple[str, ...]:
     return (
         run.id,
         when.strftime(clock) if when.date() == today else f"{when:%m-%d %H:%M}",
-        _name(run),
+        f"└ {_name(run)}" if run.parent_id else _name(run),
         str(run.iterations),
         str(run.calls),
         f"{run.tokens:,}" if run.tokens < 10_000 else f"{run.tokens / 1000:,.0f}k",

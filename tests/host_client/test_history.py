@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -16,7 +17,15 @@ from typing import Any
 
 import pytest
 
-from host_client import BadSetting, HistoryUnusable, SandboxInterpreter, SandboxSettings, ScriptedBroker, UnknownRun
+from host_client import (
+    BadSetting,
+    BudgetExceeded,
+    HistoryUnusable,
+    SandboxInterpreter,
+    SandboxSettings,
+    ScriptedBroker,
+    UnknownRun,
+)
 from host_client.cli import main
 from host_client.history import (
     CallRow,
@@ -378,6 +387,24 @@ def test_an_inner_run_s_prompts_hide_the_secrets_of_the_run_around_it() -> None:
     assert inner.mask(SECRET) == "[secret KEY]"
 
 
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "done"),
+        (ValueError("no"), "failed"),
+        (BudgetExceeded("used up"), "over budget"),
+        (KeyboardInterrupt(), "interrupted"),
+        (asyncio.CancelledError(), "interrupted"),
+    ],
+)
+def test_a_run_ends_as_what_ended_it(tmp_path: Path, error: BaseException | None, outcome: str) -> None:
+    run = Run("CodeAct")
+    run.record_to(writer_for(str(tmp_path / "h")))
+    run.finish(outputs={} if error is None else None, error=error)
+    assert History(tmp_path / "h").find(run.id).run.outcome == outcome
+    writer_for(str(tmp_path / "h")).join()
+
+
 @pytest.mark.parametrize("off", ["0", "off", "false"])
 def test_one_setting_turns_it_off(
     execute: Callable[..., SandboxInterpreter], monkeypatch: pytest.MonkeyPatch, off: str
@@ -461,7 +488,9 @@ def test_the_command_lists_shows_and_exports(
     history: History, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["history"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("aaaabbbb")
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["ID", "aaaabbbb", "aaaacccc"]
+    assert "└ RLM" in listed[2]
     assert main(["history", "-n", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "aaaacccc"
     assert main(["history", "show", "aaaab"]) == 0
