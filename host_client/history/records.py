@@ -114,7 +114,7 @@ class ExecutionRow:
     sandbox_s: float | None
     outcome: str
     code: str
-    output: Any
+    output: str
     error: str | None
 
 

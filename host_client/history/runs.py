@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import os
 import threading
@@ -22,9 +23,10 @@ from host_client.history.records import (
     IterationRow,
     RunRow,
 )
-from host_client.history.texts import described
+from host_client.history.texts import described, output_text
 from host_client.history.writer import HistoryWriter, MakeRow
 from host_client.masking import Masker
+from host_client.results import ExecutionRecord
 from host_client.spending import Account, accounts
 
 #: Rows of one run; what comes after is counted, and not kept.
@@ -125,35 +127,21 @@ class Run(Account):
         )
 
     def executed(
-        self,
-        *,
-        session_id: str | None,
-        began_at: float,
-        duration_s: float,
-        sandbox_s: float | None,
-        outcome: str,
-        code: str,
-        output: Any,
-        error: str | None,
+        self, code: str, session_id: str | None, duration_s: float, record: ExecutionRecord | None, error: str | None
     ) -> None:
-        """Record an execution."""
-        self._executed += 1
-        number, iteration = next(self._executions), self.iteration
-        self._put(
-            lambda: ExecutionRow(
-                run_id=self.id,
-                number=number,
-                iteration=iteration,
-                session_id=session_id,
-                started_at=began_at,
-                duration_s=duration_s,
-                sandbox_s=sandbox_s,
-                outcome=outcome,
-                code=code,
-                output=output,
-                error=error,
-            )
-        )
+        """Record an execution that has just ended, in as little time as can be.
+
+        Args:
+            code: What ran.
+            session_id: Where.
+            duration_s: Seen by the host.
+            record: What came of it, or None where it never ran, or nobody knows.
+            error: What was raised, beginning with its name.
+        """
+        number = self._executed = next(self._executions)
+        began_at = time.time() - duration_s
+        where = (self.id, number, self.iteration, session_id)
+        self._put(functools.partial(_execution_row, where, began_at, duration_s, code, record, error))
 
     def called(
         self,
@@ -261,6 +249,30 @@ def current_run() -> Run | None:
         if isinstance(account, Run):
             return account
     return None
+
+
+def _execution_row(
+    where: tuple[str, int, int, str | None],
+    began_at: float,
+    duration_s: float,
+    code: str,
+    record: ExecutionRecord | None,
+    error: str | None,
+) -> ExecutionRow:
+    run_id, number, iteration, session_id = where
+    return ExecutionRow(
+        run_id=run_id,
+        number=number,
+        iteration=iteration,
+        session_id=session_id,
+        started_at=began_at,
+        duration_s=duration_s,
+        sandbox_s=None if record is None else record.duration_s,
+        outcome=record.outcome.value if record is not None else (error or "").partition(":")[0],
+        code=code,
+        output="" if record is None else output_text(record),
+        error=error,
+    )
 
 
 def error_text(error: BaseException) -> str:

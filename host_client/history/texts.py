@@ -67,20 +67,14 @@ def described(value: Any) -> str:
     return kind
 
 
-class OutputText:
-    """What an execution showed, written out when it is asked for: what was printed, then the value or the answer."""
-
-    def __init__(self, record: ExecutionRecord) -> None:
-        self._record = record
-
-    def __str__(self) -> str:
-        record = self._record
-        shown = record.display
-        if record.outcome is Outcome.SUBMITTED:
-            shown = f"SUBMIT {as_json(record.value, str)}"
-        elif shown is None and record.value is not None:
-            shown = as_json(record.value, str)
-        return "\n".join(text for text in (record.text, shown) if text)
+def output_text(record: ExecutionRecord) -> str:
+    """Return what an execution showed: what was printed, then the value or the answer."""
+    shown = record.display
+    if record.outcome is Outcome.SUBMITTED:
+        shown = f"SUBMIT {as_json(record.value, str)}"
+    elif shown is None and record.value is not None:
+        shown = as_json(record.value, str)
+    return "\n".join(text for text in (record.text, shown) if text)
 
 
 def size_of(value: Any) -> int | None:

@@ -14,7 +14,6 @@ from host_client.budgets import GRACE_EXECUTIONS, GRACE_S, Budget, budget
 from host_client.history import observer, store
 from host_client.history.records import NO_MODULE
 from host_client.history.runs import Run, current_run, error_text
-from host_client.history.texts import OutputText
 from host_client.history.writer import HistoryWriter, writer_for
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class Watch:
         # Executions since the budgets of this account were used up.
         self._grace_of: spending.Account | None = None
         self._grace = 0
+        self._offered = False
         self._masked: tuple[Any, Any] = (None, None)
         if self._on:
             observer.install()
@@ -64,16 +64,18 @@ class Watch:
             BudgetExceeded: Nothing is left, nor of the grace; it did not run.
             BaseException: What ``run`` raises.
         """
-        if not self._on and not spending.accounts.get():
+        opened = spending.accounts.get()
+        if not self._on and not opened:
             return run(code, variables)
         joined = self._join()
         if joined is None or joined is not self._own:
-            return self._limited(run, code, variables, joined)
-        spending.open_account(joined)
+            return self._limited(run, code, variables, joined, opened)
+        opened = (*opened, joined)
+        token = spending.accounts.set(opened)
         try:
-            return self._limited(run, code, variables, joined)
+            return self._limited(run, code, variables, joined, opened)
         finally:
-            spending.close_account(joined)
+            spending.accounts.reset(token)
 
     def tool(self, name: str, args: list[Any], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """Call a tool, within what is left, and record it.
@@ -155,19 +157,28 @@ class Watch:
                 self._writer.acquire()
             self._let_go = weakref.finalize(self, _end, self._ending, self._writer)
 
-    def _limited(self, run: Execute, code: str, variables: dict[str, Any] | None, joined: Run | None) -> Any:
-        limited = any(account.budgets for account in spending.accounts.get())
-        self._offer(limited, variables)
-        if limited:
-            self._admit()
-        result = self._recorded(run, code, variables, joined)
-        return self._told(result) if limited else result
+    def _limited(
+        self,
+        run: Execute,
+        code: str,
+        variables: dict[str, Any] | None,
+        joined: Run | None,
+        opened: tuple[spending.Account, ...],
+    ) -> Any:
+        for account in opened:
+            if account.budgets:
+                self._offer(True, variables)
+                self._admit()
+                return self._told(self._recorded(run, code, variables, joined))
+        if self._offered:
+            self._offer(False, variables)
+        return self._recorded(run, code, variables, joined)
 
     def _offer(self, limited: bool, variables: dict[str, Any] | None) -> None:
         """Give the model ``budget()`` while something is limited, unless the user has something of that name."""
         owner = self._owner()
         assert owner is not None
-        wanted = limited and _BUDGET not in (variables or ())
+        wanted = self._offered = limited and _BUDGET not in (variables or ())
         if wanted:
             owner.tools.setdefault(_BUDGET, budget)
         elif owner.tools.get(_BUDGET) is budget:
@@ -204,46 +215,29 @@ class Watch:
         owner = self._owner()
         assert owner is not None
         before = owner.last_result
-        began_at, began = time.time(), time.perf_counter()
+        began = time.perf_counter()
         try:
             result = run(code, variables)
         except BaseException as error:
-            self._note(owner, joined, code, began_at, time.perf_counter() - began, before, error)
+            self._note(owner, joined, code, time.perf_counter() - began, before, error_text(error))
             raise
-        self._note(owner, joined, code, began_at, time.perf_counter() - began, before, None)
+        self._note(owner, joined, code, time.perf_counter() - began, before, None)
         return result
 
     def _note(
-        self,
-        owner: SandboxInterpreter,
-        joined: Run,
-        code: str,
-        began_at: float,
-        duration_s: float,
-        before: Any,
-        error: BaseException | None,
+        self, owner: SandboxInterpreter, joined: Run, code: str, duration_s: float, before: Any, error: str | None
     ) -> None:
         self._hide(joined)
-        record = owner.last_result
-        if record is before:  # it never ran, or what became of it is not known
-            record = None
-        joined.executed(
-            session_id=owner.session_id,
-            began_at=began_at,
-            duration_s=duration_s,
-            sandbox_s=None if record is None else record.duration_s,
-            outcome=type(error).__name__ if record is None else record.outcome.value,
-            code=code,
-            # Written out in the background.
-            output="" if record is None else OutputText(record),
-            error=None if error is None else error_text(error),
-        )
+        record, session = owner.last_result, owner._session
+        session_id = None if session is None else session.session_id
+        joined.executed(code, session_id, duration_s, None if record is before else record, error)
 
     def _hide(self, run: Run) -> None:
         """Keep the session's secrets out of the run's record."""
         owner = self._owner()
         session = None if owner is None else owner._session
-        if session is not None and self._masked != (session, run):
+        masked_session, masked_run = self._masked
+        if session is not None and (session is not masked_session or run is not masked_run):
             self._masked = (session, run)
             run.hide(session.masker)
 

@@ -44,13 +44,14 @@ class HistoryWriter:
         self.path = path
         self._users = 0
         self._said = self._exiting = False
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        """Begin anew: at first, and after a fork, where thread, locks, connection and what waits are the parent's."""
+    def reset(self) -> None:
+        """Begin anew: at first, and in a forked child, where thread, locks, connection and queue are the parent's."""
         # Append and popleft are atomic; what a thread has put is written by whichever thread writes.
         self._waiting: collections.deque[tuple[MakeRow, Mask]] = collections.deque()
-        self._wake = threading.Event()
+        # _awake is true from a put until the thread begins to write: only one of many has to wake it.
+        self._wake, self._awake = threading.Event(), False
         self._hurry = threading.Event()
         # Guards _thread and _users: a thread is there, or the next put starts one. Reentrant: the garbage collector may
         # release an interpreter in any thread, also in one that is in here.
@@ -60,12 +61,9 @@ class HistoryWriter:
         self._writing = threading.RLock()
         self._db: sqlite3.Connection | None = None
         self._batches = 0
-        self._pid = os.getpid()
 
     def put(self, make: MakeRow, mask: Mask) -> None:
         """Record a row soon, made by then."""
-        if self._pid != os.getpid():
-            self._reset()
         if len(self._waiting) >= MAX_WAITING:
             self._say("its disk does not keep up; some of it is left out")
             return
@@ -73,7 +71,8 @@ class HistoryWriter:
         if self._exiting:
             self.flush()
             return
-        if not self._wake.is_set():
+        if not self._awake:
+            self._awake = True
             self._wake.set()
         if self._thread is None:
             self._start()
@@ -99,8 +98,6 @@ class HistoryWriter:
 
     def flush(self) -> None:
         """Write what waits, on this thread."""
-        if self._pid != os.getpid():
-            self._reset()
         with self._writing:
             self._write()
             if self._thread is None:
@@ -125,6 +122,7 @@ class HistoryWriter:
             if self._users > 0:
                 self._hurry.wait(GATHER_S)
             self._wake.clear()
+            self._awake = False  # then the last look: what is put from here on wakes it again
             self.flush()
             with self._lock:
                 if self._users > 0:
@@ -192,6 +190,14 @@ def flush(path: str) -> None:
     writer = _writers.get(path)
     if writer is not None:
         writer.flush()
+
+
+def _reset_all() -> None:
+    for writer in _writers.values():
+        writer.reset()
+
+
+os.register_at_fork(after_in_child=_reset_all)
 
 
 @atexit.register

@@ -283,7 +283,7 @@ def test_what_waits_when_the_process_ends_is_written_also_by_what_runs_at_its_en
 
 
 def test_a_forked_child_writes_its_own_rows_and_not_its_parent_s(tmp_path: Path) -> None:
-    writer = HistoryWriter(str(tmp_path / "h"))
+    writer = writer_for(str(tmp_path / "h"))
     with writer._writing:  # as if the parent's thread were writing at that moment
         writer.put(lambda: a_run("parent"), plain)
         child = os.fork()
