@@ -14,7 +14,7 @@ from host_client import spending
 from host_client.budgets import Budget
 from host_client.dspy_compat import OURS
 from host_client.errors import BadSetting
-from host_client.history.dspy_parts import parts
+from host_client.history.dspy_parts import Usage, parts
 from host_client.history.runs import Run, current_run
 
 
@@ -93,19 +93,13 @@ class RunObserver:
             spending.note_model_call(tokens=used.tokens, cost=used.cost or 0.0, priced=used.cost is not None)
         if call.run is None:
             return
-        answer = None if exception is not None else _outputs(outputs)
-        call.run.called(
-            kind="model",
-            name=str(getattr(call.model, "model", type(call.model).__name__)),
+        call.run.model_called(
+            model=str(getattr(call.model, "model", type(call.model).__name__)),
             via=call.via,
             duration_s=duration_s,
-            prompt=_messages(call.inputs),
-            answer=answer,
-            answer_chars=answer,
-            tokens_in=0 if used is None else used.tokens_in,
-            tokens_out=0 if used is None else used.tokens_out,
-            cost=None if used is None else used.cost,
-            cached=used is not None and used.cached,
+            messages=_messages(call.inputs),
+            answer=None if exception is not None else _outputs(outputs),
+            used=used or Usage(),
             error=exception,
         )
 

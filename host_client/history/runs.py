@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from host_client.errors import BudgetExceeded
+from host_client.history.dspy_parts import Usage
 from host_client.history.records import (
     DONE,
     EXTRACTED,
@@ -143,42 +144,55 @@ class Run(Account):
         where = (self.id, number, self.iteration, session_id)
         self._put(functools.partial(_execution_row, where, began_at, duration_s, code, record, error))
 
-    def called(
+    def tool_called(
+        self, tool: str, duration_s: float, given: dict[str, Any], result: Any, kept: bool, error: str | None
+    ) -> None:
+        """Record a call of a tool that has just ended, in as little time as can be.
+
+        Args:
+            tool: Its name.
+            duration_s: How long it took.
+            given: Its arguments.
+            result: What it returned.
+            kept: Whether the result is recorded, not only its size.
+            error: What it raised.
+        """
+        when = (time.time() - duration_s, duration_s)
+        where = (self.id, next(self._calls), self.iteration)
+        self._put(functools.partial(_tool_row, where, when, tool, given, result, kept, error))
+
+    def model_called(
         self,
         *,
-        kind: str,
-        name: str,
+        model: str,
+        via: str,
         duration_s: float,
-        prompt: Any,
-        answer: Any = None,
-        answer_chars: Any = None,
-        via: str = "",
-        tokens_in: int = 0,
-        tokens_out: int = 0,
-        cost: float | None = None,
-        cached: bool = False,
-        error: BaseException | None = None,
+        messages: list[dict[str, Any]],
+        answer: list[str] | None,
+        used: Usage,
+        error: BaseException | None,
     ) -> None:
-        """Record a call of a tool or of a model that has just ended."""
-        number, iteration, began_at = next(self._calls), self.iteration, time.time() - duration_s
+        """Record a call of a model that has just ended."""
+        run_id, number, iteration = self.id, next(self._calls), self.iteration
+        began_at, text = time.time() - duration_s, None if error is None else error_text(error)
         self._put(
             lambda: CallRow(
-                run_id=self.id,
+                run_id=run_id,
                 number=number,
                 iteration=iteration,
-                kind=kind,
-                name=name,
+                kind="model",
+                name=model,
                 via=via,
                 started_at=began_at,
                 duration_s=duration_s,
-                prompt=prompt,
+                prompt=messages,
                 answer=answer,
-                answer_chars=answer_chars,
-                tokens_in=tokens_in,
-                tokens_out=tokens_out,
-                cost=cost,
-                cached=cached,
-                error=None if error is None else error_text(error),
+                answer_chars=answer,
+                tokens_in=used.tokens_in,
+                tokens_out=used.tokens_out,
+                cost=used.cost,
+                cached=used.cached,
+                error=text,
             )
         )
 
@@ -249,6 +263,36 @@ def current_run() -> Run | None:
         if isinstance(account, Run):
             return account
     return None
+
+
+def _tool_row(
+    where: tuple[str, int, int],
+    when: tuple[float, float],
+    tool: str,
+    given: dict[str, Any],
+    result: Any,
+    kept: bool,
+    error: str | None,
+) -> CallRow:
+    run_id, number, iteration = where
+    return CallRow(
+        run_id=run_id,
+        number=number,
+        iteration=iteration,
+        kind="tool",
+        name=tool,
+        via="",
+        started_at=when[0],
+        duration_s=when[1],
+        prompt=given,
+        answer=result if kept else None,
+        answer_chars=result,
+        tokens_in=0,
+        tokens_out=0,
+        cost=None,
+        cached=False,
+        error=error,
+    )
 
 
 def _execution_row(

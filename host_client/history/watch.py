@@ -84,31 +84,26 @@ class Watch:
             BudgetExceeded: For generated code to read; the tool was not called.
             BaseException: What the tool raises.
         """
-        if not spending.accounts.get():
+        opened = spending.accounts.get()
+        if not opened:
             return call()
         queries = spending.queries_of(name, args, kwargs)
         run = current_run() if self._writer is not None else None
         began = time.perf_counter()
         result, error = None, None
         try:
-            budgets.reserve(name, queries)
-            with spending.serving_tool(name, counted=queries is not None):
+            if queries is not None or any(account.budgets for account in opened):
+                budgets.reserve(name, queries)
+            with spending.ServingTool(name, counted=queries is not None):
                 result = call()
         except BaseException as raised:
-            error = raised
+            error = error_text(raised)
             raise
         finally:
             if run is not None:
                 self._hide(run)
-                run.called(
-                    kind="tool",
-                    name=name,
-                    duration_s=time.perf_counter() - began,
-                    prompt={"args": args, "kwargs": kwargs},
-                    answer=None if queries is None else result,
-                    answer_chars=result,
-                    error=error,
-                )
+                given = {"args": args, "kwargs": kwargs}
+                run.tool_called(name, time.perf_counter() - began, given, result, queries is not None, error)
         return result
 
     def timeout_s(self, wanted: float | None) -> float | None:

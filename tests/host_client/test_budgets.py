@@ -129,7 +129,7 @@ def test_what_is_left_is_the_least_of_all_budgets_around() -> None:
 def test_a_tool_that_was_seen_to_ask_a_model_is_refused_when_nothing_is_left() -> None:
     with Budget(max_calls=1) as limit:
         reserve("classify", None)
-        with spending.serving_tool("classify", counted=False):
+        with spending.ServingTool("classify", counted=False):
             spending.begin_model_call()
         assert limit.spent()["calls"] == 1
         with pytest.raises(BudgetExceeded):
@@ -140,7 +140,7 @@ def test_a_tool_that_was_seen_to_ask_a_model_is_refused_when_nothing_is_left() -
 def test_what_llm_query_asks_is_not_counted_twice() -> None:
     with Budget(max_calls=9) as limit:
         reserve("llm_query", 1)
-        with spending.serving_tool("llm_query", counted=True):
+        with spending.ServingTool("llm_query", counted=True):
             spending.begin_model_call()
     assert limit.spent()["calls"] == 1
 
