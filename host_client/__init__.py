@@ -27,6 +27,7 @@ from host_client.errors import (
     BadSetting,
     BrokerError,
     BrokerUnreachable,
+    BudgetExceeded,
     CallGone,
     DiskFull,
     EnginePermission,
@@ -34,6 +35,7 @@ from host_client.errors import (
     Fenced,
     FileRefused,
     ForeignSession,
+    HistoryUnusable,
     HookError,
     ImageBuildFailed,
     ImageMissing,
@@ -49,6 +51,7 @@ from host_client.errors import (
     SessionBusy,
     SessionLost,
     SetupError,
+    UnknownRun,
     UnknownSandbox,
     UnknownSession,
 )
@@ -57,10 +60,12 @@ from host_client.settings import SandboxSettings
 from host_client.tool_marks import current_call, tool
 
 if TYPE_CHECKING:
+    from host_client.budgets import Budget as Budget
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
 
 _LAZY = {
+    "Budget": "host_client.budgets",
     "SandboxInterpreter": "host_client.interpreter",
     "ScriptedBroker": "host_client.scripted_broker",
 }
@@ -69,6 +74,8 @@ __all__ = [
     "BadSetting",
     "BrokerError",
     "BrokerUnreachable",
+    "Budget",
+    "BudgetExceeded",
     "CallGone",
     "DiskFull",
     "EnginePermission",
@@ -76,6 +83,7 @@ __all__ = [
     "Fenced",
     "FileRefused",
     "ForeignSession",
+    "HistoryUnusable",
     "HookError",
     "ImageBuildFailed",
     "ImageMissing",
@@ -95,6 +103,7 @@ __all__ = [
     "SessionLost",
     "SetupError",
     "ToolEvent",
+    "UnknownRun",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from broker.protocol.messages import OutputField
+from host_client.budgets import Budget
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
@@ -34,6 +35,7 @@ def check_keywords(
     secrets: Any = None,
     on_tool_event: Any = None,
     artifacts_to: Any = None,
+    budget: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -58,6 +60,8 @@ def check_keywords(
         raise BadSetting(f"artifacts_to must be the path of a folder, got {type(artifacts_to).__name__}")
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise BadSetting(f"budget must be a Budget, got {type(budget).__name__}")
     check_timeout(execution_timeout_s)
 
 

@@ -15,9 +15,12 @@
     │ ├ JournalNewer                  the journal of tool calls was written by a newer version of this package
     │ ├ UnknownSession                there is no such session to attach to, or more than one
     │ ├ ForeignSession                it is in another user's sandbox
+    │ ├ UnknownRun                    the history has no such run
     │ └ UnknownSandbox                no running sandbox has that name
     ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
     ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
+    ├ HistoryUnusable                 the history of runs cannot be read; writing it never fails a run
+    ├ BudgetExceeded                  a run has used up its time, sub-calls, tokens or cost
     ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
     ├ ProtocolMismatch                host and image speak different versions
     ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
@@ -138,6 +141,12 @@ class ForeignSession(SetupError):
     code = "foreign_session"
 
 
+class UnknownRun(SetupError):
+    """The history has no run of that id, or several that begin like it."""
+
+    code = "unknown_run"
+
+
 class UnknownSandbox(SetupError):
     """No running sandbox has that name."""
 
@@ -218,6 +227,31 @@ class JournalUnusable(SandboxError):
     """
 
     code = "journal_unusable"
+
+
+class HistoryUnusable(SandboxError):
+    """The history of runs cannot be read: it is damaged, somebody else's, or of a newer version."""
+
+    code = "history_unusable"
+
+
+class BudgetExceeded(SandboxError):
+    """A run has used up one of its budgets, or asked for more than is left of it.
+
+    Args:
+        message: Names the budget, the limit and what was spent.
+        budget: ``max_seconds``, ``max_calls``, ``max_tokens`` or ``max_cost``.
+        limit: What was allowed.
+        spent: What was spent when this was noticed.
+    """
+
+    code = "budget_exceeded"
+
+    def __init__(
+        self, message: str, *, budget: str = "", limit: float = 0, spent: float = 0, help: str | None = None
+    ) -> None:
+        super().__init__(message, help=help)
+        self.budget, self.limit, self.spent = budget, limit, spent
 
 
 class BrokerUnreachable(SandboxError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from host_client import checks
 from host_client.artifacts import INSTRUCTIONS
 from host_client.errors import BadSetting
+from host_client.history import observer
 from host_client.sandbox_session import default_provider
 from host_client.settings import SandboxSettings
 
 if TYPE_CHECKING:
+    from host_client.budgets import Budget
     from host_client.interpreter import SandboxInterpreter
 
 _KEYWORDS = {
@@ -31,6 +34,7 @@ _KEYWORDS = {
     "secrets": None,
     "on_tool_event": None,
     "artifacts_to": None,
+    "budget": None,
 }
 
 
@@ -60,9 +64,14 @@ class InterpreterFactory:
         settings = given.get("settings") or SandboxSettings.from_environment()
         if (secrets := given.pop("secrets", None)) is not None:
             settings = dataclasses.replace(settings, secrets=secrets)
+        if (settings.history is not False or given.get("budget") is not None) and "dspy" in sys.modules:
+            # Made before the run that it is for, whose beginning is seen then.
+            observer.install()
         self._kind = kind
         self._keywords = {**given, "settings": settings}
-        self.execution_instructions = execution_instructions(settings, artifacts=given.get("artifacts_to") is not None)
+        self.execution_instructions = execution_instructions(
+            settings, given.get("budget"), artifacts=given.get("artifacts_to") is not None
+        )
         # Guards _provider and _pid: one provider for all interpreters of a process, made at the first call.
         self._lock = threading.Lock()
         self._given_provider = self._provider = provider
@@ -92,16 +101,21 @@ class InterpreterFactory:
             return self._provider
 
 
-def execution_instructions(settings: SandboxSettings, *, artifacts: bool = False) -> str:
+def execution_instructions(settings: SandboxSettings, budget: Budget | None = None, *, artifacts: bool = False) -> str:
     """Return what a model should know about the sandbox before it writes code for it."""
     packages = ", ".join(("numpy", "pandas", *settings.packages))
     secrets = f" These environment variables are set: {', '.join(settings.secrets)}." if settings.secrets else ""
     handed_over = INSTRUCTIONS if artifacts else ""
+    limited = (
+        " What you use is limited: budget() returns what is left. When nothing is left, SUBMIT what you have."
+        if budget is not None
+        else ""
+    )
     network = "with" if settings.network else "without"
     return (
         f"Code runs as full CPython in an isolated Linux container {network} network access. Variables, imports and "
         "functions persist between executions; input variables are set anew before each one. The standard library and "
         f"{packages} are installed; subprocesses, threads and files under /tmp work. What is printed is shown, and the "
         "value of the last expression too. Tools are global functions (see help(tool)); they may be called from "
-        f"threads and raise ordinary exceptions. SUBMIT ends the execution at once.{secrets}{handed_over}"
+        f"threads and raise ordinary exceptions. SUBMIT ends the execution at once.{secrets}{handed_over}{limited}"
     )

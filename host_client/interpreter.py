@@ -17,11 +17,13 @@ from host_client import checks
 from host_client.artifacts import Artifact, Artifacts
 from host_client.aside import STEP_TIMEOUT_S, Aside
 from host_client.broker_client import News
+from host_client.budgets import Budget
 from host_client.dspy_compat import DspyContract, contract, observed
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions
 from host_client.files import Link, SessionFiles
+from host_client.history.watch import Watch
 from host_client.journal import Journal
 from host_client.progress import Listener, reporting
 from host_client.providers.base import SandboxHandle, SandboxProvider
@@ -66,6 +68,7 @@ class SandboxInterpreter:
         provider: Where sandboxes come from; by default what the settings say.
         on_tool_event: Called with a ``ToolEvent`` when a tool starts, reports progress or ends; on the tool's thread.
         artifacts_to: Folder where the session's artefacts are saved after each execution; see ``artifacts``.
+        budget: Limits of each run, nested runs included; see ``host_client.Budget``.
 
     Raises:
         BadSetting: An argument that cannot work.
@@ -88,6 +91,7 @@ class SandboxInterpreter:
         provider: SandboxProvider | None = None,
         on_tool_event: Listener | None = None,
         artifacts_to: str | os.PathLike[str] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -103,6 +107,7 @@ class SandboxInterpreter:
             secrets=secrets,
             on_tool_event=on_tool_event,
             artifacts_to=artifacts_to,
+            budget=budget,
         )
         self._tools: dict[str, Callable[..., Any]] = named_tools(tools)
         self.output_fields = output_fields
@@ -115,13 +120,13 @@ class SandboxInterpreter:
         self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
         self._session_name, self._address = session, attach
-        self._idempotent, self._given_journal = tuple(idempotent), journal
+        self._idempotent, self._given_journal, self._budget = tuple(idempotent), journal, budget
         self._dspy = contract()
         self._table = ToolTable(idempotent)
         self._limits = ToolLimits()
         self.on_tool_event = on_tool_event
         self._artifacts_to = artifacts_to
-        self.files = SessionFiles(self._linked)
+        self.files = SessionFiles(_weakly(self))
         self._artifacts = Artifacts(self.files, artifacts_to)
         self._alone = _Alone(self._dspy)
         # Held while a session is opened; whoever comes second finds it open.
@@ -132,6 +137,7 @@ class SandboxInterpreter:
         self._finalizer: weakref.finalize[..., SandboxInterpreter] | None = None
         self._lost: SessionLost | None = None
         self._ended = False
+        self._watch = Watch(self, budget)
 
     @classmethod
     def factory(cls, **keywords: Any) -> InterpreterFactory:
@@ -185,7 +191,7 @@ class SandboxInterpreter:
     @property
     def execution_instructions(self) -> str:
         """What a model should know about where its code runs."""
-        return execution_instructions(self.settings, artifacts=self._artifacts.saves)
+        return execution_instructions(self.settings, self._budget, artifacts=self._artifacts.saves)
 
     @property
     def artifacts(self) -> list[Artifact]:
@@ -246,7 +252,7 @@ class SandboxInterpreter:
             SessionBusy: An execution is running already, in another thread or around this tool.
         """
         with self._alone:
-            return self._execute(code, variables)
+            return self._watch.execute(self._execute, code, variables)
 
     __call__ = execute
 
@@ -275,7 +281,12 @@ class SandboxInterpreter:
         if tool is None:
             raise NameError(f"there is no tool {tool_name!r}")
         with reporting(self.on_tool_event, tool_name):
-            return self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs))
+            return self._watch.tool(
+                tool_name,
+                args,
+                kwargs,
+                lambda: self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs)),
+            )
 
     @observed
     def shutdown(self) -> None:
@@ -290,6 +301,7 @@ class SandboxInterpreter:
             session.close()
         if self._finalizer is not None:
             self._finalizer.detach()
+        self._watch.close()
 
     def __enter__(self) -> SandboxInterpreter:
         self.start()
@@ -314,6 +326,7 @@ class SandboxInterpreter:
             provider=self._provider,
             on_tool_event=self.on_tool_event,
             artifacts_to=self._artifacts_to,
+            budget=self._budget,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -417,7 +430,7 @@ class SandboxInterpreter:
             tools=None if session.tools_sent else self._table.definitions(),
             output_fields=None if session.known_fields == wanted else wanted,
             drop=session.keeper.drop(),
-            timeout_s=self.execution_timeout_s,
+            timeout_s=self._watch.timeout_s(self.execution_timeout_s),
             timeout_includes_tools=self.settings.timeout_includes_tools,
             max_output_bytes=self.settings.max_output_bytes,
         )
@@ -510,6 +523,19 @@ class SandboxInterpreter:
         with self._state:
             if self._session is session:
                 self._session, self._lost = None, lost
+
+
+def _weakly(interpreter: SandboxInterpreter) -> Callable[[], contextlib.AbstractContextManager[Link]]:
+    """Return its ``_linked`` without a reference to it: an interpreter that nobody refers to ends at once."""
+    reference = weakref.ref(interpreter)
+
+    def linked() -> contextlib.AbstractContextManager[Link]:
+        alive = reference()
+        if alive is None:
+            raise SessionLost("the interpreter of these files is gone, and its session with it", reason="shutdown")
+        return alive._linked()
+
+    return linked
 
 
 class _Alone:

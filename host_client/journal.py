@@ -1,6 +1,6 @@
 """The journal: the host's durable record of tool calls. What it knows decides what may run again after a crash.
 
-The only module that imports ``sqlite3``. Why it is as it is: ``docs/decisions/011-the-journal.md``.
+Why it is as it is: ``docs/decisions/011-the-journal.md``.
 """
 
 from __future__ import annotations

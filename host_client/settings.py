@@ -57,6 +57,8 @@ class SandboxSettings:
         start_timeout_s: How long a sandbox may take to become healthy.
         journal: File of the record of tool calls, ``:memory:`` for one that ends with this process, or None for
             ``$XDG_STATE_HOME/rlm-sandbox/journal.sqlite3``.
+        history: Whether runs are recorded for ``rlm-sandbox history``, or the file that they are recorded in instead of
+            ``$XDG_STATE_HOME/rlm-sandbox/history.sqlite3``.
     """
 
     image: str | None = None
@@ -79,6 +81,7 @@ class SandboxSettings:
     timeout_includes_tools: bool = True
     start_timeout_s: float = 30.0
     journal: str | None = None
+    history: bool | str = True
 
     def __post_init__(self) -> None:
         for name in ("memory", "tmpfs"):
@@ -100,6 +103,9 @@ class SandboxSettings:
         if self.journal is not None:
             object.__setattr__(self, "journal", os.fspath(self.journal))
         _require("journal", self.journal != "", self.journal, "a path, ':memory:' or None")
+        if not isinstance(self.history, bool):
+            object.__setattr__(self, "history", _checked("history", os.fspath, self.history))
+        _require("history", self.history not in ("", ":memory:"), self.history, "True, False or a path")
         _require("network", isinstance(self.network, bool), self.network, "True or False")
         _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
         _require("provider", self.provider == "docker", self.provider, "'docker'")
@@ -141,6 +147,13 @@ def _parse_flag(raw: str) -> bool:
     return known[raw.lower()]
 
 
+def _parse_flag_or_path(raw: str) -> bool | str:
+    try:
+        return _parse_flag(raw)
+    except ValueError:
+        return raw
+
+
 def _parse_list(raw: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in raw.split(",") if part.strip())
 
@@ -176,4 +189,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_concurrent_tools": int,
     "timeout_includes_tools": _parse_flag,
     "start_timeout_s": float,
+    "history": _parse_flag_or_path,
 }
