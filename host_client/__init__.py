@@ -23,6 +23,7 @@ if not getattr(_broker, "RLM_SANDBOX_BROKER", False):
     )
 
 from broker import __version__
+from host_client.endings import wait_for_endings
 from host_client.errors import (
     BadSetting,
     BrokerError,
@@ -41,6 +42,13 @@ from host_client.errors import (
     JournalUnusable,
     LeaseExpired,
     MalformedReply,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolQueueFull,
+    PoolSessionBusy,
+    PoolSessionGone,
+    PoolWaitTimeout,
     ProtocolMismatch,
     ProviderError,
     SandboxError,
@@ -48,6 +56,7 @@ from host_client.errors import (
     SessionBusy,
     SessionLost,
     SetupError,
+    UnknownPool,
     UnknownSandbox,
     UnknownSession,
 )
@@ -57,11 +66,15 @@ from host_client.tool_marks import current_call, tool
 
 if TYPE_CHECKING:
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
+    from host_client.pool import SandboxPool as SandboxPool
+    from host_client.pool_registry import get_pool as get_pool
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
 
 _LAZY = {
     "SandboxInterpreter": "host_client.interpreter",
+    "SandboxPool": "host_client.pool",
     "ScriptedBroker": "host_client.scripted_broker",
+    "get_pool": "host_client.pool_registry",
 }
 
 __all__ = [
@@ -82,10 +95,18 @@ __all__ = [
     "JournalUnusable",
     "LeaseExpired",
     "MalformedReply",
+    "PoolClosed",
+    "PoolError",
+    "PoolExhausted",
+    "PoolQueueFull",
+    "PoolSessionBusy",
+    "PoolSessionGone",
+    "PoolWaitTimeout",
     "ProtocolMismatch",
     "ProviderError",
     "SandboxError",
     "SandboxInterpreter",
+    "SandboxPool",
     "SandboxSettings",
     "SandboxTooWeak",
     "ScriptedBroker",
@@ -93,12 +114,15 @@ __all__ = [
     "SessionLost",
     "SetupError",
     "ToolEvent",
+    "UnknownPool",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
     "current_call",
+    "get_pool",
     "progress",
     "tool",
+    "wait_for_endings",
 ]
 
 
