@@ -17,8 +17,10 @@ Which exception means what:
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from host_client.errors import SandboxError
@@ -127,3 +129,27 @@ def _unless_only_ours(plain: Callable[..., Any], observed: Callable[..., Any]) -
 def observed(method: Method) -> Method:
     """Report calls of ``start``, ``execute``, ``invoke_tool`` or ``shutdown`` to DSPy's callbacks."""
     return cast("Method", _Observed(method))
+
+
+#: The id of a pool, and the named session that is held in it.
+HeldPlace = tuple[int, str | None]
+#: Among DSPy's settings, because those reach the threads of ``dspy.Parallel``, where context variables do not.
+_HELD = "rlm_sandbox_held_places"
+
+
+def holding() -> tuple[HeldPlace, ...]:
+    """Return the places in pools that the executions hold in whose tools this runs."""
+    if "dspy" not in sys.modules:
+        return ()
+    import dspy
+
+    return tuple(dspy.settings.get(_HELD, ()))
+
+
+@contextlib.contextmanager
+def holding_also(place: HeldPlace) -> Iterator[None]:
+    """Note in the block that what runs in it holds a place."""
+    import dspy
+
+    with dspy.context(**{_HELD: (*holding(), place)}):
+        yield

@@ -16,7 +16,8 @@
     │ ├ UnknownSession                there is no such session to attach to, or more than one
     │ ├ ForeignSession                it is in another user's sandbox
     │ ├ UnknownRun                    the history has no such run
-    │ └ UnknownSandbox                no running sandbox has that name
+    │ ├ UnknownSandbox                no running sandbox has that name
+    │ └ UnknownPool                   no open pool of this process has that name
     ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
     ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
     ├ HistoryUnusable                 the history of runs cannot be read; writing it never fails a run
@@ -29,6 +30,13 @@
     │ ├ Fenced                        another client attached to the session; this one is out
     │ └ CallGone                      a result came for a call that was cancelled
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
+    ├ PoolError                       a pool gave no sandbox; ``pool`` and ``session`` say which
+    │ ├ PoolExhausted                 every place is taken
+    │ │ ├ PoolQueueFull               and as many wait already as may
+    │ │ └ PoolWaitTimeout             and none became free in time
+    │ ├ PoolSessionBusy               the session's sandbox is in use
+    │ ├ PoolSessionGone               the session's sandbox was ended, or died
+    │ └ PoolClosed                    the pool was closed
     ├ MalformedReply                  what came from the broker breaks the protocol
     ├ HookError                       a hook around an RLM's iteration returned what it may not
     └ SessionLost                     the namespace is gone; ``reason`` says why
@@ -153,6 +161,12 @@ class UnknownSandbox(SetupError):
     code = "unknown_sandbox"
 
 
+class UnknownPool(SetupError):
+    """No open pool of this process has that name."""
+
+    code = "unknown_pool"
+
+
 class FileRefused(SandboxError):
     """A file or folder cannot be put into a session, or got from it.
 
@@ -258,6 +272,59 @@ class BrokerUnreachable(SandboxError):
     """No answer from the broker: it died, or its socket is gone."""
 
     code = "broker_unreachable"
+
+
+class PoolError(SandboxError):
+    """A pool gave no sandbox.
+
+    Args:
+        message: Names pool, session and, where that matters, who holds the places.
+        pool: The pool's name.
+        session: The named session that was asked for, or None.
+    """
+
+    code = "pool_error"
+
+    def __init__(self, message: str, *, pool: str, session: str | None = None, help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.pool = pool
+        self.session = session
+
+
+class PoolExhausted(PoolError):
+    """Every place of the pool is taken."""
+
+    code = "pool_exhausted"
+
+
+class PoolQueueFull(PoolExhausted):
+    """Every place is taken, and as many wait for one as may."""
+
+    code = "pool_queue_full"
+
+
+class PoolWaitTimeout(PoolExhausted):
+    """Every place is taken, and none became free in time."""
+
+    code = "pool_wait_timeout"
+
+
+class PoolSessionBusy(PoolError):
+    """The session's sandbox is in use; with strict affinity no other one will do."""
+
+    code = "pool_session_busy"
+
+
+class PoolSessionGone(PoolError):
+    """The session's sandbox was ended or died, and its variables with it; strict affinity does not start over."""
+
+    code = "pool_session_gone"
+
+
+class PoolClosed(PoolError):
+    """The pool was closed."""
+
+    code = "pool_closed"
 
 
 class MalformedReply(SandboxError):

@@ -55,6 +55,8 @@ class SandboxSettings:
         max_concurrent_tools: Most host tools run at the same time for one interpreter.
         timeout_includes_tools: Whether time spent in host tools counts against the execution's time-out.
         start_timeout_s: How long a sandbox may take to become healthy.
+        warm_pool_size: Sandboxes that a factory keeps ready for its next interpreters, from its first call on; 0 for
+            none.
         journal: File of the record of tool calls, ``:memory:`` for one that ends with this process, or None for
             ``$XDG_STATE_HOME/rlm-sandbox/journal.sqlite3``.
         history: Whether runs are recorded for ``rlm-sandbox history``, or the file that they are recorded in instead of
@@ -80,6 +82,7 @@ class SandboxSettings:
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
     start_timeout_s: float = 30.0
+    warm_pool_size: int = 1
     journal: str | None = None
     history: bool | str = True
 
@@ -100,6 +103,7 @@ class SandboxSettings:
         _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
         _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
+        _require("warm_pool_size", 0 <= self.warm_pool_size <= 64, self.warm_pool_size, "between 0 and 64")
         if self.journal is not None:
             object.__setattr__(self, "journal", os.fspath(self.journal))
         _require("journal", self.journal != "", self.journal, "a path, ':memory:' or None")
@@ -190,4 +194,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "timeout_includes_tools": _parse_flag,
     "start_timeout_s": float,
     "history": _parse_flag_or_path,
+    "warm_pool_size": int,
 }
