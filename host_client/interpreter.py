@@ -435,8 +435,8 @@ class SandboxInterpreter:
         encoder: Encoder,
     ) -> ExecuteRequest:
         encoded = {name: encoder.encode(value, name) for name, value in variables.items()}
-        if (size := sum(map(len, encoder.blobs))) > limits.MAX_FRAME_BYTES - limits.MAX_HEADER_BYTES:
-            raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
+        if encoder.blobs:
+            self._check_size(session, sum(map(len, encoder.blobs)))
         wanted = fields or ()
         return ExecuteRequest(
             execution_id=os.urandom(16).hex(),
@@ -449,6 +449,17 @@ class SandboxInterpreter:
             timeout_includes_tools=self.settings.timeout_includes_tools,
             max_output_bytes=self.settings.max_output_bytes,
         )
+
+    def _check_size(self, session: SandboxSession, size: int) -> None:
+        """Refuse variables that cannot arrive, before they are sent; what is only tight, the sandbox finds out."""
+        if size > limits.MAX_FRAME_BYTES - limits.MAX_HEADER_BYTES:
+            raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
+        needed, memory = size + session.keeper.referred_bytes, self.settings.memory
+        if session.handle.owned and needed >= memory:
+            raise BadSetting(
+                f"variables of {needed:,} bytes do not fit into the sandbox's memory of {memory:,} bytes",
+                help="give it more: SandboxSettings(memory='4g') or RLM_SANDBOX_MEMORY=4g",
+            )
 
     def _run(self, session: SandboxSession, request: ExecuteRequest, encoder: Encoder) -> ExecutionRecord:
         with session.executing(), self._limits.execution(request.execution_id):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from broker.protocol import limits
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 
@@ -100,7 +101,8 @@ class SandboxSettings:
         _require("cpus", 0.01 <= self.cpus <= 1024, self.cpus, "between 0.01 and 1024")
         _require("pids", self.pids >= 16, self.pids, "at least 16")
         _require("max_sessions", 1 <= self.max_sessions <= 64, self.max_sessions, "between 1 and 64")
-        _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
+        output = self.max_output_bytes
+        _require("max_output_bytes", 1024 <= output <= limits.MOST_OUTPUT_BYTES, output, "between 1024 and 8388608")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
         _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
         _require("warm_pool_size", 0 <= self.warm_pool_size <= 64, self.warm_pool_size, "between 0 and 64")
