@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import signal
 import socket
 import sys
 
-import gevent
+from broker.lean_imports import lean_imports
 
-from broker.daemon import Daemon
-from broker.logs import Log
-from broker.protocol.self_test import Check, SelfTest
-from broker.supervisor import prctl
-from broker.supervisor.config import SupervisorConfig
-from broker.supervisor.proc_status import has_no_capabilities, read_status
-from broker.supervisor_client import SupervisorClient
+with lean_imports():
+    import gevent
+
+    from broker.daemon import Daemon
+    from broker.logs import Log
+    from broker.protocol.self_test import Check, SelfTest
+    from broker.supervisor import prctl
+    from broker.supervisor.config import SupervisorConfig
+    from broker.supervisor.proc_status import has_no_capabilities, read_status
+    from broker.supervisor_client import SupervisorClient
 
 
 def main(arguments: list[str]) -> int:
@@ -64,7 +68,7 @@ def with_own_check(supervisor: SupervisorClient, config: SupervisorConfig) -> Se
         found=", ".join(faults) or "as wanted",
         held=not faults,
     )
-    return SelfTest(checks=(*report.checks, check), limits=report.limits)
+    return dataclasses.replace(report, checks=(*report.checks, check))
 
 
 def _raise_descriptor_limit() -> None:

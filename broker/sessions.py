@@ -44,7 +44,9 @@ class Slots:
         if not self._free and self._being_swept:
             self._changed.wait_until(lambda: bool(self._free) or not self._being_swept, SWEEP_WAIT_S)
         if not self._free:
-            raise TooManySessions("every slot of this sandbox is taken; close a session, or start another sandbox")
+            raise TooManySessions(
+                "every slot of this sandbox is taken (setting max_sessions); close a session, or start another sandbox"
+            )
         return heapq.heappop(self._free)
 
     def sweeping(self, slot: int) -> None:

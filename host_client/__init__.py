@@ -23,10 +23,12 @@ if not getattr(_broker, "RLM_SANDBOX_BROKER", False):
     )
 
 from broker import __version__
+from host_client.endings import wait_for_endings
 from host_client.errors import (
     BadSetting,
     BrokerError,
     BrokerUnreachable,
+    BudgetExceeded,
     CallGone,
     DiskFull,
     EnginePermission,
@@ -34,6 +36,7 @@ from host_client.errors import (
     Fenced,
     FileRefused,
     ForeignSession,
+    HistoryUnusable,
     HookError,
     ImageBuildFailed,
     ImageMissing,
@@ -41,6 +44,14 @@ from host_client.errors import (
     JournalUnusable,
     LeaseExpired,
     MalformedReply,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolQueueFull,
+    PoolSessionBusy,
+    PoolSessionGone,
+    PoolWaitTimeout,
+    PreloadFailed,
     ProtocolMismatch,
     ProviderError,
     SandboxError,
@@ -48,6 +59,8 @@ from host_client.errors import (
     SessionBusy,
     SessionLost,
     SetupError,
+    UnknownPool,
+    UnknownRun,
     UnknownSandbox,
     UnknownSession,
 )
@@ -56,18 +69,26 @@ from host_client.settings import SandboxSettings
 from host_client.tool_marks import current_call, tool
 
 if TYPE_CHECKING:
+    from host_client.budgets import Budget as Budget
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
+    from host_client.pool import SandboxPool as SandboxPool
+    from host_client.pool_registry import get_pool as get_pool
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
 
 _LAZY = {
+    "Budget": "host_client.budgets",
     "SandboxInterpreter": "host_client.interpreter",
+    "SandboxPool": "host_client.pool",
     "ScriptedBroker": "host_client.scripted_broker",
+    "get_pool": "host_client.pool_registry",
 }
 
 __all__ = [
     "BadSetting",
     "BrokerError",
     "BrokerUnreachable",
+    "Budget",
+    "BudgetExceeded",
     "CallGone",
     "DiskFull",
     "EnginePermission",
@@ -75,6 +96,7 @@ __all__ = [
     "Fenced",
     "FileRefused",
     "ForeignSession",
+    "HistoryUnusable",
     "HookError",
     "ImageBuildFailed",
     "ImageMissing",
@@ -82,10 +104,19 @@ __all__ = [
     "JournalUnusable",
     "LeaseExpired",
     "MalformedReply",
+    "PoolClosed",
+    "PoolError",
+    "PoolExhausted",
+    "PoolQueueFull",
+    "PoolSessionBusy",
+    "PoolSessionGone",
+    "PoolWaitTimeout",
+    "PreloadFailed",
     "ProtocolMismatch",
     "ProviderError",
     "SandboxError",
     "SandboxInterpreter",
+    "SandboxPool",
     "SandboxSettings",
     "SandboxTooWeak",
     "ScriptedBroker",
@@ -93,12 +124,16 @@ __all__ = [
     "SessionLost",
     "SetupError",
     "ToolEvent",
+    "UnknownPool",
+    "UnknownRun",
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
     "current_call",
+    "get_pool",
     "progress",
     "tool",
+    "wait_for_endings",
 ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from broker.protocol.messages import OutputField
+from host_client.budgets import Budget
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 from host_client.settings import SandboxSettings
@@ -34,6 +35,9 @@ def check_keywords(
     secrets: Any = None,
     on_tool_event: Any = None,
     artifacts_to: Any = None,
+    budget: Any = None,
+    pool: Any = None,
+    provider: Any = None,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -47,6 +51,11 @@ def check_keywords(
     if sandbox is not None and (not isinstance(sandbox, str) or not sandbox):
         raise BadSetting(f"sandbox must be the name of a running sandbox, got {sandbox!r:.80}")
     _check_session(session, attach, sandbox)
+    others = {"sandbox": sandbox, "attach": attach, "journal": journal, "provider": provider}
+    if pool is not None and (given := [name for name, value in others.items() if value is not None]):
+        raise BadSetting(f"{given[0]} cannot be set beside pool: the pool has its own")
+    if pool is not None and not isinstance(pool, str) and not callable(getattr(pool, "acquire", None)):
+        raise BadSetting(f"pool must be a SandboxPool or the name of one, got {type(pool).__name__}")
     if isinstance(idempotent, str) or not isinstance(idempotent, (Set, list, tuple)):
         raise BadSetting(f"idempotent must be a list of names of tools, got {idempotent!r:.80}")
     if journal is not None and not callable(getattr(journal, "intend", None)):
@@ -58,6 +67,8 @@ def check_keywords(
         raise BadSetting(f"artifacts_to must be the path of a folder, got {type(artifacts_to).__name__}")
     if callbacks is not None and not isinstance(callbacks, (list, tuple)):
         raise BadSetting(f"callbacks must be a list, got {type(callbacks).__name__}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise BadSetting(f"budget must be a Budget, got {type(budget).__name__}")
     check_timeout(execution_timeout_s)
 
 

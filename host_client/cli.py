@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from host_client import __version__
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = add("calls", _calls, "the record of tool calls: when, where, which, how it ended")
     shown.add_argument("-n", "--limit", type=int, default=100, help="at most so many (default: %(default)s)")
     shown.add_argument("--json", action="store_true", help="one JSON object for each line")
+    _add_history(add("history", _history, "what runs did: model, code, output, calls, what they cost"))
     add_named("devsh", _devsh, "a shell inside a sandbox")
     secrets = add("secrets", _secrets, "are secrets there, and do they arrive in a sandbox; their values are not shown")
     secrets.add_argument("action", choices=["check"])
@@ -82,6 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
     add("clean", _clean, "remove our containers, images and cached packages")
     return parser
+
+
+def _add_history(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--limit", type=int, default=20, help="at most so many runs (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each run and line")
+    actions = parser.add_subparsers(dest="action", metavar="show|prompts|export")
+    about = {
+        "show": "one run: each iteration's reasoning, code, output and calls",
+        "prompts": "what a run's models were asked and what they answered",
+        "export": "one run as JSON",
+    }
+    for name, text in about.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("run", metavar="ID", help="the run's id, or its beginning")
+        if name == "export":
+            action.add_argument("--out", type=Path, metavar="FILE", help="write it to this file instead of stdout")
+        else:
+            action.add_argument("--full", action="store_true", help="leave nothing out")
 
 
 def say(text: str) -> None:
@@ -146,6 +166,19 @@ def _calls(parsed: argparse.Namespace) -> int:
     from host_client.calls_view import calls
 
     return calls(SandboxSettings.from_environment(), limit=max(1, parsed.limit), as_json=parsed.json)
+
+
+def _history(parsed: argparse.Namespace) -> int:
+    from host_client.history import view
+
+    history = view.of_settings(SandboxSettings.from_environment())
+    if parsed.action == "show":
+        return view.show_run(history, parsed.run, full=parsed.full)
+    if parsed.action == "prompts":
+        return view.show_prompts(history, parsed.run, full=parsed.full)
+    if parsed.action == "export":
+        return view.export_run(history, parsed.run, parsed.out)
+    return view.show_runs(history, limit=max(1, parsed.limit), as_json=parsed.json)
 
 
 def _devsh(parsed: argparse.Namespace) -> int:

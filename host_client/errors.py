@@ -11,13 +11,18 @@
     │ ├ ImageBuildFailed
     │ ├ DiskFull
     │ ├ SandboxTooWeak                it came out weaker than asked for, and was thrown away
+    │ ├ PreloadFailed                 a module of the setting ``preload`` cannot be imported in the sandbox
     │ ├ BadSetting                    a setting, tool, output field or variable that cannot work
     │ ├ JournalNewer                  the journal of tool calls was written by a newer version of this package
     │ ├ UnknownSession                there is no such session to attach to, or more than one
     │ ├ ForeignSession                it is in another user's sandbox
-    │ └ UnknownSandbox                no running sandbox has that name
+    │ ├ UnknownRun                    the history has no such run
+    │ ├ UnknownSandbox                no running sandbox has that name
+    │ └ UnknownPool                   no open pool of this process has that name
     ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
     ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
+    ├ HistoryUnusable                 the history of runs cannot be read; writing it never fails a run
+    ├ BudgetExceeded                  a run has used up its time, sub-calls, tokens or cost
     ├ ProviderError                   the engine refused or failed while a sandbox was started or stopped
     ├ ProtocolMismatch                host and image speak different versions
     ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
@@ -26,6 +31,13 @@
     │ ├ Fenced                        another client attached to the session; this one is out
     │ └ CallGone                      a result came for a call that was cancelled
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
+    ├ PoolError                       a pool gave no sandbox; ``pool`` and ``session`` say which
+    │ ├ PoolExhausted                 every place is taken
+    │ │ ├ PoolQueueFull               and as many wait already as may
+    │ │ └ PoolWaitTimeout             and none became free in time
+    │ ├ PoolSessionBusy               the session's sandbox is in use
+    │ ├ PoolSessionGone               the session's sandbox was ended, or died
+    │ └ PoolClosed                    the pool was closed
     ├ MalformedReply                  what came from the broker breaks the protocol
     ├ HookError                       a hook around an RLM's iteration returned what it may not
     └ SessionLost                     the namespace is gone; ``reason`` says why
@@ -114,6 +126,12 @@ class SandboxTooWeak(SetupError):
         self.checks = tuple(checks)
 
 
+class PreloadFailed(SetupError):
+    """A module of the setting ``preload`` cannot be imported in the sandbox; nothing ran, and nothing is left."""
+
+    code = "preload_failed"
+
+
 class BadSetting(SetupError, ValueError):
     """A setting, tool, output field or variable that cannot work; nothing ran."""
 
@@ -138,10 +156,22 @@ class ForeignSession(SetupError):
     code = "foreign_session"
 
 
+class UnknownRun(SetupError):
+    """The history has no run of that id, or several that begin like it."""
+
+    code = "unknown_run"
+
+
 class UnknownSandbox(SetupError):
     """No running sandbox has that name."""
 
     code = "unknown_sandbox"
+
+
+class UnknownPool(SetupError):
+    """No open pool of this process has that name."""
+
+    code = "unknown_pool"
 
 
 class FileRefused(SandboxError):
@@ -220,10 +250,88 @@ class JournalUnusable(SandboxError):
     code = "journal_unusable"
 
 
+class HistoryUnusable(SandboxError):
+    """The history of runs cannot be read: it is damaged, somebody else's, or of a newer version."""
+
+    code = "history_unusable"
+
+
+class BudgetExceeded(SandboxError):
+    """A run has used up one of its budgets, or asked for more than is left of it.
+
+    Args:
+        message: Names the budget, the limit and what was spent.
+        budget: ``max_seconds``, ``max_calls``, ``max_tokens`` or ``max_cost``.
+        limit: What was allowed.
+        spent: What was spent when this was noticed.
+    """
+
+    code = "budget_exceeded"
+
+    def __init__(
+        self, message: str, *, budget: str = "", limit: float = 0, spent: float = 0, help: str | None = None
+    ) -> None:
+        super().__init__(message, help=help)
+        self.budget, self.limit, self.spent = budget, limit, spent
+
+
 class BrokerUnreachable(SandboxError):
     """No answer from the broker: it died, or its socket is gone."""
 
     code = "broker_unreachable"
+
+
+class PoolError(SandboxError):
+    """A pool gave no sandbox.
+
+    Args:
+        message: Names pool, session and, where that matters, who holds the places.
+        pool: The pool's name.
+        session: The named session that was asked for, or None.
+    """
+
+    code = "pool_error"
+
+    def __init__(self, message: str, *, pool: str, session: str | None = None, help: str | None = None) -> None:
+        super().__init__(message, help=help)
+        self.pool = pool
+        self.session = session
+
+
+class PoolExhausted(PoolError):
+    """Every place of the pool is taken."""
+
+    code = "pool_exhausted"
+
+
+class PoolQueueFull(PoolExhausted):
+    """Every place is taken, and as many wait for one as may."""
+
+    code = "pool_queue_full"
+
+
+class PoolWaitTimeout(PoolExhausted):
+    """Every place is taken, and none became free in time."""
+
+    code = "pool_wait_timeout"
+
+
+class PoolSessionBusy(PoolError):
+    """The session's sandbox is in use; with strict affinity no other one will do."""
+
+    code = "pool_session_busy"
+
+
+class PoolSessionGone(PoolError):
+    """The session's sandbox was ended or died, and its variables with it; strict affinity does not start over."""
+
+    code = "pool_session_gone"
+
+
+class PoolClosed(PoolError):
+    """The pool was closed."""
+
+    code = "pool_closed"
 
 
 class MalformedReply(SandboxError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import weakref
@@ -13,16 +12,20 @@ from typing import Any
 from broker.protocol import limits
 from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, OutputField
 from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
-from host_client import checks
+from host_client import checks, pool_registry
 from host_client.artifacts import Artifact, Artifacts
 from host_client.aside import STEP_TIMEOUT_S, Aside
 from host_client.broker_client import News
+from host_client.budgets import Budget
 from host_client.dspy_compat import DspyContract, contract, observed
+from host_client.endings import wait_for_endings
 from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
 from host_client.execution import Execution
-from host_client.factory import InterpreterFactory, execution_instructions
+from host_client.factory import InterpreterFactory, execution_instructions, settings_of
 from host_client.files import Link, SessionFiles
+from host_client.history.watch import Watch
 from host_client.journal import Journal
+from host_client.pool import SandboxPool
 from host_client.progress import Listener, reporting
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver, lost_session
@@ -57,7 +60,8 @@ class SandboxInterpreter:
         settings: How the sandbox is made; by default read from ``RLM_SANDBOX_*``.
         sandbox: Name of a running sandbox to open a session in; None for a sandbox of its own.
         callbacks: DSPy callbacks for this interpreter.
-        session: Name for the session, so that another process can attach to it when this one was killed.
+        session: Name for the session, so that another process can attach to it when this one was killed; with ``pool``
+            the session whose sandbox this is to get, see ``SandboxPool``.
         attach: Name or id of a session to go on with, instead of opening one; see ``attach()``.
         idempotent: Names of tools that may run twice for one call, such as ``llm_query``; see ``host_client.tool``.
         journal: Where tool calls are recorded; by default what the settings say.
@@ -66,9 +70,12 @@ class SandboxInterpreter:
         provider: Where sandboxes come from; by default what the settings say.
         on_tool_event: Called with a ``ToolEvent`` when a tool starts, reports progress or ends; on the tool's thread.
         artifacts_to: Folder where the session's artefacts are saved after each execution; see ``artifacts``.
+        budget: Limits of each run, nested runs included; see ``host_client.Budget``.
+        pool: A pool to take the sandbox from, or the name of one; settings, secrets and provider are the pool's.
 
     Raises:
         BadSetting: An argument that cannot work.
+        UnknownPool: There is no pool of that name.
     """
 
     def __init__(
@@ -88,6 +95,8 @@ class SandboxInterpreter:
         provider: SandboxProvider | None = None,
         on_tool_event: Listener | None = None,
         artifacts_to: str | os.PathLike[str] | None = None,
+        budget: Budget | None = None,
+        pool: SandboxPool | str | None = None,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -103,25 +112,27 @@ class SandboxInterpreter:
             secrets=secrets,
             on_tool_event=on_tool_event,
             artifacts_to=artifacts_to,
+            budget=budget,
+            pool=pool,
+            provider=provider,
         )
         self._tools: dict[str, Callable[..., Any]] = named_tools(tools)
         self.output_fields = output_fields
         self.execution_timeout_s = execution_timeout_s
-        self.settings = settings if settings is not None else SandboxSettings.from_environment()
-        if secrets is not None:
-            self.settings = dataclasses.replace(self.settings, secrets=secrets)
+        self._pool = pool_registry.found(pool)
+        self.settings = settings_of(self._pool, settings, secrets)
         self.callbacks = list(callbacks or [])
         self.last_result: ExecutionRecord | None = None
         self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
         self._session_name, self._address = session, attach
-        self._idempotent, self._given_journal = tuple(idempotent), journal
+        self._idempotent, self._given_journal, self._budget = tuple(idempotent), journal, budget
         self._dspy = contract()
         self._table = ToolTable(idempotent)
         self._limits = ToolLimits()
         self.on_tool_event = on_tool_event
         self._artifacts_to = artifacts_to
-        self.files = SessionFiles(self._linked)
+        self.files = SessionFiles(_weakly(self))
         self._artifacts = Artifacts(self.files, artifacts_to)
         self._alone = _Alone(self._dspy)
         # Held while a session is opened; whoever comes second finds it open.
@@ -132,6 +143,7 @@ class SandboxInterpreter:
         self._finalizer: weakref.finalize[..., SandboxInterpreter] | None = None
         self._lost: SessionLost | None = None
         self._ended = False
+        self._watch = Watch(self, budget)
 
     @classmethod
     def factory(cls, **keywords: Any) -> InterpreterFactory:
@@ -185,7 +197,7 @@ class SandboxInterpreter:
     @property
     def execution_instructions(self) -> str:
         """What a model should know about where its code runs."""
-        return execution_instructions(self.settings, artifacts=self._artifacts.saves)
+        return execution_instructions(self.settings, self._budget, artifacts=self._artifacts.saves)
 
     @property
     def artifacts(self) -> list[Artifact]:
@@ -246,7 +258,7 @@ class SandboxInterpreter:
             SessionBusy: An execution is running already, in another thread or around this tool.
         """
         with self._alone:
-            return self._execute(code, variables)
+            return self._watch.execute(self._execute, code, variables)
 
     __call__ = execute
 
@@ -275,21 +287,35 @@ class SandboxInterpreter:
         if tool is None:
             raise NameError(f"there is no tool {tool_name!r}")
         with reporting(self.on_tool_event, tool_name):
-            return self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs))
+            return self._watch.tool(
+                tool_name,
+                args,
+                kwargs,
+                lambda: self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs)),
+            )
 
     @observed
-    def shutdown(self) -> None:
+    def shutdown(self, *, wait: bool = False) -> None:
         """End the session, and its sandbox if it is this interpreter's own.
 
-        Idempotent, and safe from another thread, from a tool, and while ``execute`` runs, which then raises.
+        Idempotent, and safe from another thread, from a tool, and while ``execute`` runs, which then raises. A
+        container is removed in the background; the exit of the process waits for that, and so does
+        ``host_client.wait_for_endings()``.
+
+        Args:
+            wait: Return when the sandbox is gone.
         """
         with self._state:
             session, self._session = self._session, None
             self._ended, self._lost = True, None
         if session is not None:
-            session.close()
+            # A session whose execution is under way is of no use to the next one.
+            session.release(session.loan, keep=not self._alone.held, wait=wait)
+        elif wait:
+            wait_for_endings()  # of a session that was lost before
         if self._finalizer is not None:
             self._finalizer.detach()
+        self._watch.close()
 
     def __enter__(self) -> SandboxInterpreter:
         self.start()
@@ -314,6 +340,8 @@ class SandboxInterpreter:
             provider=self._provider,
             on_tool_event=self.on_tool_event,
             artifacts_to=self._artifacts_to,
+            budget=self._budget,
+            pool=self._pool,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -407,8 +435,8 @@ class SandboxInterpreter:
         encoder: Encoder,
     ) -> ExecuteRequest:
         encoded = {name: encoder.encode(value, name) for name, value in variables.items()}
-        if (size := sum(map(len, encoder.blobs))) > limits.MAX_FRAME_BYTES - limits.MAX_HEADER_BYTES:
-            raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
+        if encoder.blobs:
+            self._check_size(session, sum(map(len, encoder.blobs)))
         wanted = fields or ()
         return ExecuteRequest(
             execution_id=os.urandom(16).hex(),
@@ -417,14 +445,25 @@ class SandboxInterpreter:
             tools=None if session.tools_sent else self._table.definitions(),
             output_fields=None if session.known_fields == wanted else wanted,
             drop=session.keeper.drop(),
-            timeout_s=self.execution_timeout_s,
+            timeout_s=self._watch.timeout_s(self.execution_timeout_s),
             timeout_includes_tools=self.settings.timeout_includes_tools,
             max_output_bytes=self.settings.max_output_bytes,
         )
 
+    def _check_size(self, session: SandboxSession, size: int) -> None:
+        """Refuse variables that cannot arrive, before they are sent; what is only tight, the sandbox finds out."""
+        if size > limits.MAX_FRAME_BYTES - limits.MAX_HEADER_BYTES:
+            raise BadSetting(f"variables of {size:,} bytes in one execution are too much for the protocol")
+        needed, memory = size + session.keeper.referred_bytes, self.settings.memory
+        if session.handle.owned and needed >= memory:
+            raise BadSetting(
+                f"variables of {needed:,} bytes do not fit into the sandbox's memory of {memory:,} bytes",
+                help="give it more: SandboxSettings(memory='4g') or RLM_SANDBOX_MEMORY=4g",
+            )
+
     def _run(self, session: SandboxSession, request: ExecuteRequest, encoder: Encoder) -> ExecutionRecord:
-        calls = self._calls(session, request.execution_id)
-        with self._limits.execution(request.execution_id):
+        with session.executing(), self._limits.execution(request.execution_id):
+            calls = self._calls(session, request.execution_id)
             return self._follow(session, calls, lambda execution: execution.run(request, encoder.blobs))
 
     def _calls(self, session: SandboxSession, execution_id: str) -> ToolCalls:
@@ -469,7 +508,7 @@ class SandboxInterpreter:
                 opened = self._open_or_attach()
             except SandboxError as error:
                 raise self._dspy.terminal(error) from error.__cause__
-            finalizer = weakref.finalize(self, opened.close)
+            finalizer = weakref.finalize(self, opened.abandon, opened.loan)
             with self._state:
                 stopped = self._ended
                 if not stopped:
@@ -481,6 +520,8 @@ class SandboxInterpreter:
             return opened
 
     def _open_or_attach(self) -> SandboxSession:
+        if self._pool is not None:
+            return self._pool.acquire(self._session_name)
         # First: where these cannot be had, nothing starts.
         secrets = Secrets.of(self.settings.secrets).values()
         journal = self._given_journal or open_journal(self.settings)
@@ -512,6 +553,19 @@ class SandboxInterpreter:
                 self._session, self._lost = None, lost
 
 
+def _weakly(interpreter: SandboxInterpreter) -> Callable[[], contextlib.AbstractContextManager[Link]]:
+    """Return its ``_linked`` without a reference to it: an interpreter that nobody refers to ends at once."""
+    reference = weakref.ref(interpreter)
+
+    def linked() -> contextlib.AbstractContextManager[Link]:
+        alive = reference()
+        if alive is None:
+            raise SessionLost("the interpreter of these files is gone, and its session with it", reason="shutdown")
+        return alive._linked()
+
+    return linked
+
+
 class _Alone:
     """Holds off every other execution of an interpreter, and lets errors leave as DSPy expects them."""
 
@@ -521,6 +575,11 @@ class _Alone:
         self._dspy = dspy
         # Held while an execution runs, and never waited for: a second one is refused.
         self._executing = threading.Lock()
+
+    @property
+    def held(self) -> bool:
+        """Whether an execution runs."""
+        return self._executing.locked()
 
     def __enter__(self) -> None:
         if not self._executing.acquire(blocking=False):

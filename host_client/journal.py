@@ -1,6 +1,6 @@
 """The journal: the host's durable record of tool calls. What it knows decides what may run again after a crash.
 
-The only module that imports ``sqlite3``. Why it is as it is: ``docs/decisions/011-the-journal.md``.
+Why it is as it is: ``docs/decisions/011-the-journal.md``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -205,11 +206,11 @@ class SqliteJournal:
         self._writing = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
-        self._commits = 0
+        # Not at each start, which would read all that is kept: somewhere in the next commits, of any process.
+        self._commits = random.randrange(_PRUNE_EVERY)
         self._flushes = True
         with self._writing, self._explained():
             self._open()
-            self._prune()
 
     def hold(self, holder: Holder) -> bool:
         """See ``Journal.hold``."""
@@ -275,7 +276,7 @@ class SqliteJournal:
         return [_record(row) for row in reversed(rows)]
 
     def prune(self) -> None:
-        """Forget what is old, or more than is kept; happens by itself at start and now and then."""
+        """Forget what is old, or more than is kept; happens by itself, once in a thousand commits."""
         with self._writing, self._explained():
             self._prune()
 

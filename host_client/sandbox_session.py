@@ -6,17 +6,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from broker.protocol.messages import Attached
+from host_client import endings
 from host_client.attaching import Found, find_session, take_over
-from host_client.broker_client import BrokerClient, HttpBrokerClient
+from host_client.broker_client import BrokerClient
 from host_client.call_recorder import CallRecorder
+from host_client.connected_sandbox import ConnectedSandbox, connect, is_slow
 from host_client.errors import (
     BadSetting,
     BrokerError,
-    BrokerUnreachable,
     Fenced,
     MalformedReply,
     SandboxError,
@@ -27,7 +30,7 @@ from host_client.masking import Masker
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
 from host_client.tool_threads import ToolThreads
-from host_client.transport import BrokerTimeout, UnixSocketTransport
+from host_client.transport import BrokerTimeout
 from host_client.value_keeper import ValueKeeper
 
 log = logging.getLogger(__name__)
@@ -38,11 +41,17 @@ _FENCED_WAIT_S = 1.0
 _DEATH_NEWS_S = 1.0
 
 
-class ConnectingProvider(SandboxProvider, Protocol):
-    """A provider whose sandboxes are not reached through a socket of this machine: a fake, or a remote engine."""
+class Loan(Protocol):
+    """A place in a pool that a session was taken from, and who took it."""
 
-    def connect(self, handle: SandboxHandle) -> BrokerClient:
-        """Return a client for the broker in this sandbox."""
+    def take_back(self) -> bool:
+        """Keep the session for its next user; False where it must be ended."""
+
+    def over(self) -> None:
+        """Note that the session has ended, and its sandbox is gone or somebody else's."""
+
+    def marked(self) -> AbstractContextManager[None]:
+        """Mark what runs in the block as run by the holder of this place."""
 
 
 class SandboxSession:
@@ -59,6 +68,7 @@ class SandboxSession:
         recorder: Where its tool calls are recorded.
         masker: Takes its secrets out of what it gives.
         unfinished: The execution that another client posted last, until its reply was fetched; or None.
+        loan: The place in a pool that it was taken from, or None.
     """
 
     def __init__(
@@ -79,8 +89,13 @@ class SandboxSession:
         self._epoch = holder.epoch
         self.known_fields: Any = None
         self.tools_sent = False
+        self.loan: Loan | None = None
         self._provider = provider
         self._pid = os.getpid()
+        self._endings = endings.of_this_process() if handle.owned and is_slow(provider) else None
+        if self._endings is not None:
+            self._endings.prepare()
+        self._ending: endings.Ending | None = None
         # Guards _closing: whoever sets it closes; it is cleared again if closing was cut short.
         self._lock = threading.Lock()
         self._closing = False
@@ -109,25 +124,25 @@ class SandboxSession:
         Raises:
             SandboxError: What the provider and the broker client raise; nothing is left behind.
         """
-        handle = provider.start(settings) if name is None else provider.find(name)
-        try:
-            client = _connect(provider, handle)
-            try:
-                client.check()
-                session_id = client.open_session(session_name, secrets)
-                holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
-                journal.hold(holder)
-                return cls(provider, handle, client, holder, journal, Masker(secrets or {}))
-            except BaseException:
-                client.close()
-                raise
-        except BaseException as error:
-            reason = provider.why_dead(handle) if isinstance(error, BrokerUnreachable) else None
-            if handle.owned:
-                provider.stop(handle)
-            if reason is not None:
-                raise SessionLost(f"the sandbox ended while it was started ({reason})", reason=reason) from error
-            raise
+        sandbox = ConnectedSandbox.start(provider, settings, name)
+        return cls.open_in(sandbox, journal=journal, session_name=session_name, secrets=secrets)
+
+    @classmethod
+    def open_in(
+        cls,
+        sandbox: ConnectedSandbox,
+        *,
+        journal: Journal,
+        session_name: str | None = None,
+        secrets: Mapping[str, str] | None = None,
+    ) -> SandboxSession:
+        """Open a session in a sandbox; see ``open``. Where that fails, the sandbox is ended if it is ours."""
+        with sandbox.ended_on_failure():
+            session_id = sandbox.client.open_session(session_name, secrets)
+            handle = sandbox.handle
+            holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
+            journal.hold(holder)
+            return cls(sandbox.provider, handle, sandbox.client, holder, journal, Masker(secrets or {}))
 
     @classmethod
     def attach(
@@ -153,7 +168,7 @@ class SandboxSession:
             SandboxError: What provider, broker client and journal raise.
         """
         handles = provider.reachable(address)
-        found = find_session(address, handles, lambda handle: _connect(provider, handle))
+        found = find_session(address, handles, lambda handle: connect(provider, handle))
         try:
             found.client.check()
             _check_secrets(found, secrets or {})
@@ -170,22 +185,62 @@ class SandboxSession:
         """Whether ``close`` was called."""
         return self._closing
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """End the session, and its sandbox if it is ours. Idempotent; safe from any thread and at exit.
 
-        In a process that was forked off, only this process' own connections and threads end.
+        A sandbox that takes long to end does so in the background; the exit of the process waits for it. In a process
+        that was forked off, only this process' own connections and threads end.
+
+        Args:
+            wait: Return when it is gone.
         """
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
+        if self._begin_closing():
+            try:
+                self._close()
+            except BaseException:
+                self._closing = False
+                raise
+        if wait and self._ending is not None:
+            self._ending.wait(endings.EXIT_WAIT_S)
+
+    def end_now(self) -> None:
+        """As ``close``, on this thread, and gone at the return."""
+        if self._begin_closing():
+            self._end_and_let_go()
+
+    def release(self, loan: Loan | None, *, keep: bool = True, wait: bool = False) -> None:
+        """Give the session back to the pool that it is from, or close it. Idempotent.
+
+        Args:
+            loan: What ``loan`` was when the caller got the session; nothing happens where it has another user by now.
+            keep: Whether the pool may hand it out again; not with an execution under way.
+            wait: Return when a sandbox that is not kept is gone.
+        """
+        if loan is not self.loan or (loan is not None and keep and loan.take_back()):
+            return
+        self.close(wait=wait)
+
+    def abandon(self, loan: Loan | None) -> None:
+        """As ``release``, from the garbage collector: it may have interrupted a thread that holds any lock."""
+        if loan is None or self._pid != os.getpid():
+            self.close()
+        else:
+            endings.of_this_process().submit(partial(self.release, loan))
+
+    def is_well(self, timeout_s: float) -> bool:
+        """Ask the broker whether the session is there, and ours, and not lost."""
         try:
-            if self._pid == os.getpid():
-                self._end()
-            self._let_go()
-        except BaseException:
-            self._closing = False
-            raise
+            sessions = self.client.sessions(timeout_s=timeout_s)
+        except SandboxError as error:
+            log.debug("asking for %s: %s", self.session_id, error)
+            return False
+        return any(
+            (each.session_id, each.epoch, each.lost) == (self.session_id, self._epoch, None) for each in sessions
+        )
+
+    def executing(self) -> AbstractContextManager[None]:
+        """Mark what runs in the block, tools included, as an execution of this session."""
+        return nullcontext() if self.loan is None else self.loan.marked()
 
     def lost(self, error: SandboxError) -> SessionLost:
         """Return why the session is gone, after an error that it does not survive, and close it."""
@@ -200,18 +255,40 @@ class SandboxSession:
 
     def leave(self) -> None:
         """Let go of the session without ending it: it is another client's now."""
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
+        if not self._begin_closing():
+            return
         if self._pid == os.getpid():
             self._provider.disown(self.handle)
         self._let_go()
 
+    def _begin_closing(self) -> bool:
+        with self._lock:
+            first, self._closing = not self._closing, True
+            return first
+
+    def _close(self) -> None:
+        if self._pid != os.getpid():
+            self._let_go()
+        elif self._endings is None:
+            self._end()
+            self._let_go()
+        else:
+            self._ending = self._endings.submit(self._end_and_let_go)
+
+    def _end_and_let_go(self) -> None:
+        try:
+            self._end()
+        finally:  # nobody can try again
+            self._let_go()
+
     def _let_go(self) -> None:
-        self.client.close()
-        self.threads.close()
-        self.recorder.close()
+        try:
+            self.client.close()
+            self.threads.close()
+            self.recorder.close()
+        finally:
+            if self.loan is not None and self._pid == os.getpid():
+                self.loan.over()
 
     def _reason(self, error: SandboxError) -> str:
         if isinstance(error, SessionLost):
@@ -279,10 +356,3 @@ def _check_secrets(found: Found, secrets: Mapping[str, str]) -> None:
             "not given and could not mask",
             help="attach with the same secrets=",
         )
-
-
-def _connect(provider: SandboxProvider, handle: SandboxHandle) -> BrokerClient:
-    connect: Callable[[SandboxHandle], BrokerClient] | None = getattr(provider, "connect", None)
-    if connect is not None:
-        return connect(handle)
-    return HttpBrokerClient(UnixSocketTransport(handle.socket_path))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from broker.protocol import limits
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
 
@@ -36,6 +37,8 @@ class SandboxSettings:
     Attributes:
         image: Image to run, or None for the one built from this package's own files.
         packages: Requirement strings of extra packages for generated code, such as ``("matplotlib",)``.
+        preload: Modules that generated code finds imported already, such as ``("numpy", "pandas")``: they must be in
+            the image. Imported once in each sandbox, while it starts; its sessions share their memory.
         memory: Memory limit in bytes (also ``"1g"``); swap is off.
         cpus: CPU limit in cores.
         pids: Most processes and threads.
@@ -54,12 +57,17 @@ class SandboxSettings:
         max_concurrent_tools: Most host tools run at the same time for one interpreter.
         timeout_includes_tools: Whether time spent in host tools counts against the execution's time-out.
         start_timeout_s: How long a sandbox may take to become healthy.
+        warm_pool_size: Sandboxes that a factory keeps ready for its next interpreters, from its first call on; 0 for
+            none.
         journal: File of the record of tool calls, ``:memory:`` for one that ends with this process, or None for
             ``$XDG_STATE_HOME/rlm-sandbox/journal.sqlite3``.
+        history: Whether runs are recorded for ``rlm-sandbox history``, or the file that they are recorded in instead of
+            ``$XDG_STATE_HOME/rlm-sandbox/history.sqlite3``.
     """
 
     image: str | None = None
     packages: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
     memory: int = 1 << 30
     cpus: float = 2.0
     pids: int = 2048
@@ -71,17 +79,20 @@ class SandboxSettings:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "auto"
-    max_sessions: int = 16
+    max_sessions: int = 64
     max_output_bytes: int = 1 << 20
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
     start_timeout_s: float = 30.0
+    warm_pool_size: int = 1
     journal: str | None = None
+    history: bool | str = True
 
     def __post_init__(self) -> None:
         for name in ("memory", "tmpfs"):
             object.__setattr__(self, name, _checked(name, parse_size, getattr(self, name)))
         object.__setattr__(self, "packages", tuple(self.packages))
+        object.__setattr__(self, "preload", _checked("preload", _modules, self.preload))
         object.__setattr__(self, "environment", dict(self.environment))
         object.__setattr__(self, "secrets", Secrets.of(self.secrets))
         twice = sorted(set(self.secrets).intersection(self.environment))
@@ -91,12 +102,17 @@ class SandboxSettings:
         _require("cpus", 0.01 <= self.cpus <= 1024, self.cpus, "between 0.01 and 1024")
         _require("pids", self.pids >= 16, self.pids, "at least 16")
         _require("max_sessions", 1 <= self.max_sessions <= 64, self.max_sessions, "between 1 and 64")
-        _require("max_output_bytes", self.max_output_bytes >= 1024, self.max_output_bytes, "at least 1024")
+        output = self.max_output_bytes
+        _require("max_output_bytes", 1024 <= output <= limits.MOST_OUTPUT_BYTES, output, "between 1024 and 8388608")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
         _require("start_timeout_s", self.start_timeout_s > 0, self.start_timeout_s, "more than 0")
+        _require("warm_pool_size", 0 <= self.warm_pool_size <= 64, self.warm_pool_size, "between 0 and 64")
         if self.journal is not None:
             object.__setattr__(self, "journal", os.fspath(self.journal))
         _require("journal", self.journal != "", self.journal, "a path, ':memory:' or None")
+        if not isinstance(self.history, bool):
+            object.__setattr__(self, "history", _checked("history", os.fspath, self.history))
+        _require("history", self.history not in ("", ":memory:"), self.history, "True, False or a path")
         _require("network", isinstance(self.network, bool), self.network, "True or False")
         _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
         known = self.provider in ("auto", "docker", "bubblewrap")
@@ -139,8 +155,22 @@ def _parse_flag(raw: str) -> bool:
     return known[raw.lower()]
 
 
+def _parse_flag_or_path(raw: str) -> bool | str:
+    try:
+        return _parse_flag(raw)
+    except ValueError:
+        return raw
+
+
 def _parse_list(raw: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in raw.split(",") if part.strip())
+
+
+def _modules(names: Collection[str]) -> tuple[str, ...]:
+    for name in (names,) if isinstance(names, str) else names:
+        if isinstance(names, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"{name!r} must be a tuple of names of modules, such as ('numpy', 'pandas')")
+    return tuple(names)
 
 
 def _parse_pairs(raw: str) -> dict[str, str]:
@@ -153,6 +183,7 @@ def _parse_pairs(raw: str) -> dict[str, str]:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "packages": _parse_list,
+    "preload": _parse_list,
     "memory": parse_size,
     "tmpfs": parse_size,
     "cpus": float,
@@ -166,4 +197,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_concurrent_tools": int,
     "timeout_includes_tools": _parse_flag,
     "start_timeout_s": float,
+    "history": _parse_flag_or_path,
+    "warm_pool_size": int,
 }

@@ -48,6 +48,11 @@ class ValueKeeper:
         self._new.add(key)
         return self._use(key)
 
+    @property
+    def referred_bytes(self) -> int:
+        """Bytes (characters of a text) of what the next execution uses and the worker holds already."""
+        return sum(len(self._held[key]) for key in self._used - self._new)
+
     def drop(self) -> tuple[str, ...]:
         """Forget what was not used since ``settle``, and return the ids for the worker to drop."""
         unused = [key for key in self._held if key not in self._used]

@@ -119,7 +119,7 @@ def test_the_http_library_has_at_most_one_home() -> None:
 
 def test_dspy_is_imported_where_it_is_adapted_and_in_the_demo_only() -> None:
     for name in importers("host_client", "dspy"):
-        assert within(name, "host_client.dspy_compat", "host_client.demo"), name
+        assert within(name, "host_client.dspy_compat", "host_client.history.dspy_parts", "host_client.demo"), name
 
 
 def test_importing_the_package_imports_neither_dspy_nor_the_docker_sdk() -> None:

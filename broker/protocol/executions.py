@@ -112,7 +112,7 @@ class ExecuteRequest:
             drop=tuple(read.texts("drop", [])),
             timeout_s=read.optional_number("timeout_s", low=0.001),
             timeout_includes_tools=read.flag("timeout_includes_tools", True),
-            max_output_bytes=read.integer("max_output_bytes", limits.MAX_OUTPUT_BYTES, high=1 << 30),
+            max_output_bytes=read.integer("max_output_bytes", limits.MAX_OUTPUT_BYTES, high=limits.MOST_OUTPUT_BYTES),
         )
 
 

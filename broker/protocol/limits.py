@@ -24,6 +24,9 @@ KEEP_THRESHOLD_BYTES = 64 << 10
 #: One model reply fits; a runaway ``print`` does not.
 MAX_OUTPUT_BYTES = 1 << 20
 
+#: The most that a host may ask for: output travels in the header, where a character may take six bytes.
+MOST_OUTPUT_BYTES = 8 << 20
+
 #: Output thrown away past this ends the execution: nobody prints so much on purpose.
 MAX_DISCARDED_OUTPUT_BYTES = 256 << 20
 

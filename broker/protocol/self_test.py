@@ -83,14 +83,20 @@ class SelfTest:
         checks: What the sandbox can judge by itself. None at all where nothing was looked at (a broker without a
             supervisor of its own, in tests).
         limits: For the host to judge: only it knows what it asked for.
+        preload_error: Why a module cannot be preloaded, or None where all are.
     """
 
     checks: tuple[Check, ...] = ()
     limits: Limits = dataclasses.field(default_factory=Limits)
+    preload_error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the wire form."""
-        return {"checks": [check.to_json() for check in self.checks], "limits": self.limits.to_json()}
+        return {
+            "checks": [check.to_json() for check in self.checks],
+            "limits": self.limits.to_json(),
+            "preload_error": self.preload_error,
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> SelfTest:
@@ -104,5 +110,7 @@ class SelfTest:
         if len(checks) > _MAX_CHECKS:
             raise BadRequest(f"self-test: more than {_MAX_CHECKS} checks")
         return cls(
-            checks=tuple(Check.from_json(check) for check in checks), limits=Limits.from_json(read.mapping("limits"))
+            checks=tuple(Check.from_json(check) for check in checks),
+            limits=Limits.from_json(read.mapping("limits")),
+            preload_error=read.optional_text("preload_error", max_chars=_MAX_CHARS),
         )

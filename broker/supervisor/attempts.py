@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import os
 import resource
 import socket
@@ -54,14 +55,22 @@ def run_attempts(config: SupervisorConfig, broker_pid: int | None, *, confined: 
 
 
 def _others_memory(broker_pid: int | None) -> Check:
-    """The broker's; where that is out of sight, its supervisor's, and nobody else may be in sight then."""
-    pid = 1 if broker_pid is None else broker_pid
-    check = _refused("broker's memory", lambda: os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY)))
-    strangers = [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())]
+    """The broker's; where that is out of sight, supervisor's and zygote's, and nobody else may be in sight then."""
+    pids = [1, os.getppid()] if broker_pid is None else [broker_pid]
+    checks = [
+        _refused("broker's memory", functools.partial(_open_and_close, f"/proc/{pid}/mem", os.O_RDONLY)) for pid in pids
+    ]
+    check = next((check for check in checks if not check.held), checks[0])
+    known = {1, os.getppid(), os.getpid()}
+    strangers = [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in known]
     if broker_pid is None and strangers:
         found = f"processes {', '.join(strangers[:10])} are in sight"
         return dataclasses.replace(check, found=found, held=False)
     return check
+
+
+def _open_and_close(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
 
 
 def _users(config: SupervisorConfig) -> Check:

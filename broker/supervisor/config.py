@@ -46,6 +46,7 @@ class SupervisorConfig:
         broker_site: Folder with the broker's packages, or None.
         guest_site: Folder with generated code's packages, or None.
         allowed_host_uids: Who may speak on the host's socket, beside the broker's own uid.
+        preload: Modules that generated code finds imported already.
         landlock: Whether broker and sessions restrict themselves, where the kernel can (see ``confinement``).
         one_user: Whether namespaces take the place of users: the broker is in some, and the supervisor with the one
             session in others, so that nothing of the one can be seen from the other but ``guest_socket``.
@@ -67,6 +68,7 @@ class SupervisorConfig:
     allowed_host_uids: tuple[int, ...] = (0,)
     landlock: bool = False
     one_user: bool = False
+    preload: tuple[str, ...] = ()
 
     @property
     def separate_users(self) -> bool:
@@ -112,6 +114,7 @@ class SupervisorConfig:
             allowed_host_uids=tuple(_uid(uid) for uid in read.items("allowed_host_uids", [0])),
             landlock=read.flag("landlock", False),
             one_user=read.flag("one_user", False),
+            preload=tuple(read.texts("preload", [])),
         )
         users = {config.broker_uid is None, config.broker_gid is None, config.guest_uid_base is None}
         if len(users) != 1:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from broker.supervisor import landlock
-from broker.supervisor.config import SupervisorConfig
-from broker.supervisor.sweeping import WRITABLE_FOLDERS
+
+# Loaded before the broker is started, so it loads little itself.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from broker.supervisor.config import SupervisorConfig
+
+#: Where a session can leave files; the rest of the sandbox is read-only.
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm")  # noqa: S108
 
 #: Programs, libraries, settings. /proc and /sys are for looking only: no process changes its own oom_score_adj.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/proc", "/sys")
@@ -45,5 +50,12 @@ def for_broker(config: SupervisorConfig) -> landlock.Ruleset | None:
 
 def _python() -> set[str]:
     """Return where programs and our own modules are, also in an image that has its Python elsewhere."""
-    own = str(Path(__file__).resolve().parents[2])
-    return {*_SYSTEM, sys.prefix, sys.base_prefix, own} - {"/", ""}
+    return {*_SYSTEM, sys.prefix, sys.base_prefix, package_folder()} - {"/", ""}
+
+
+def package_folder() -> str:
+    """Return the folder that holds the package ``broker``."""
+    folder = os.path.realpath(__file__)
+    for _ in range(3):
+        folder = os.path.dirname(folder)
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import select
 import selectors
@@ -15,13 +14,12 @@ import time
 from typing import Any
 
 from broker.protocol.exits import EXIT_OUT_OF_MEMORY
-from broker.protocol.self_test import SelfTest
+from broker.protocol.self_test import Check, SelfTest
 from broker.supervisor import link
 from broker.supervisor.config import SupervisorConfig
-from broker.supervisor.landlock import Ruleset
+from broker.supervisor.nursery import Nursery
 from broker.supervisor.oom import OomCounter
 from broker.supervisor.sweeping import GroupSweeper, NamespaceSweeper, Sweeper, UidSweeper
-from broker.supervisor.worker_child import run_worker
 
 #: Between two looks at the processes that a sweep has killed. Not on the path of any call.
 _SWEEP_STEP_S = 0.005
@@ -50,8 +48,7 @@ class Supervisor:
         config: The configuration.
         broker: Our end of the socket pair.
         broker_pid: The broker's pid where it is our child, else None.
-        ruleset: What sessions may touch, or None.
-        self_test: What the broker is told of the self-test, first of all.
+        nursery: Where workers come from; started.
     """
 
     def __init__(
@@ -59,12 +56,13 @@ class Supervisor:
         config: SupervisorConfig,
         broker: socket.socket,
         broker_pid: int | None,
-        ruleset: Ruleset | None,
-        self_test: SelfTest,
+        nursery: Nursery,
     ) -> None:
         self._config, self._broker, self._broker_pid = config, broker, broker_pid
-        self._ruleset = ruleset
-        self._self_test = self_test
+        self._nursery = nursery
+        self._self_tested = False
+        self._asked: dict[int, int] = {}  # message id -> slot, of what the zygote has not answered
+        self._spawning: set[int] = set()
         self._sweeper = _sweeper(config)
         self._workers: dict[int, int] = {}  # slot -> pid
         self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
@@ -97,8 +95,8 @@ class Supervisor:
             signal.signal(number, lambda *_: None)  # PID 1 gets only signals that it handles
         self._selector.register(self._woken, selectors.EVENT_READ, self._signalled)
         self._selector.register(self._broker, selectors.EVENT_READ, self._message)
-        self._tell({"self_test": self._self_test.to_json()})
-        gc.freeze()  # what is loaded now stays shared with the workers
+        if self._nursery.sock is not None:
+            self._selector.register(self._nursery.sock, selectors.EVENT_READ, self._zygote_message)
         self._reap()
 
     def _pause_s(self) -> float | None:
@@ -142,14 +140,22 @@ class Supervisor:
             self._broker_pid = None
             self._status = own_exit_status(status, reason)
             return
+        if pid == self._nursery.pid:
+            self._nursery.pid = None
+            if not (self._sweeps and self._sweeper.takes_zygote):
+                _say(f"the zygote ended: {exit_reason(status, oom=False)}")
         for slot, worker in list(self._workers.items()):
-            if worker == pid:
-                del self._workers[slot]
-                reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
-                self._tell({"exited": slot, "pid": pid, "reason": reason})
+            if worker == pid:  # the zygote has ended, and left it to us
+                self._worker_ended(slot, pid, status)
         for slot, sweep in list(self._sweeps.items()):
             if sweep.cleaner == pid:
                 self._finish_sweep(slot, clean=True)
+
+    def _worker_ended(self, slot: int, pid: int, status: int) -> None:
+        if self._workers.get(slot) == pid:
+            del self._workers[slot]
+            reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
+            self._tell({"exited": slot, "pid": pid, "reason": reason})
 
     # Messages.
 
@@ -167,30 +173,74 @@ class Supervisor:
         operation(message["id"], message["slot"])
 
     def _spawn(self, message_id: int, slot: int) -> None:
-        if slot in self._workers or slot in self._sweeps or not 0 <= slot < self._config.max_sessions:
+        taken = slot in self._workers or slot in self._spawning or slot in self._sweeps
+        if taken or not 0 <= slot < self._config.max_sessions:
             self._tell({"re": message_id, "error": f"slot {slot} is not free"})
             return
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            try:
-                pid = os.fork()
-            except OSError as error:
-                self._tell({"re": message_id, "error": f"fork: {error.strerror}"})
-                return
-            if pid == 0:
-                run_worker(self._config, slot, theirs.fileno(), self._ruleset)
-            self._workers[slot] = self._last_pids[slot] = pid
-            self._tell({"re": message_id, "pid": pid}, fd=ours.fileno())
+        try:
+            self._ensure_zygote()
+        except OSError as error:
+            self._tell({"re": message_id, "error": f"fork: {error.strerror}"})
+            return
+        self._spawning.add(slot)
+        self._ask("spawn", message_id, slot)
 
     def _signal(self, message_id: int, slot: int) -> None:
-        pid = self._workers.get(slot)  # not reaped yet, so the pid is still its own
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
-        self._tell({"re": message_id})
+        if self._nursery.sock is None:  # then no worker lives
+            self._tell({"re": message_id})
+        else:
+            self._ask("signal", message_id, slot)
 
     def _sweep(self, message_id: int, slot: int) -> None:
         self._sweeps[slot] = _Sweep(message_id, self._last_pids.get(slot), time.monotonic() + SWEEP_LIMIT_S)
+
+    # The zygote.
+
+    def _ensure_zygote(self) -> None:
+        if self._nursery.sock is None:
+            self._selector.register(self._nursery.start(), selectors.EVENT_READ, self._zygote_message)
+
+    def _ask(self, operation: str, message_id: int, slot: int) -> None:
+        self._asked[message_id] = slot
+        self._nursery.ask({"id": message_id, "op": operation, "slot": slot})
+
+    def _zygote_message(self) -> None:
+        sock = self._nursery.sock
+        assert sock is not None
+        self._selector.unregister(sock)
+        received = self._nursery.receive()
+        if received is None:
+            self._zygote_ended()
+            return
+        self._selector.register(sock, selectors.EVENT_READ, self._zygote_message)
+        message, fds = received
+        if "self_test" in message:
+            self._tell_self_test(message)
+        elif "exited" in message:
+            self._worker_ended(message["exited"], message["pid"], message["status"])
+        elif "re" in message:
+            slot = self._asked.pop(message["re"])
+            if "pid" in message:
+                self._workers[slot] = self._last_pids[slot] = message["pid"]
+            self._spawning.discard(slot)
+            self._tell(message, *fds)
+            for fd in fds:
+                os.close(fd)
+
+    def _zygote_ended(self) -> None:
+        loading = self._nursery.loading
+        found = f"the preload {loading!r} ended the process" if loading else "it ended while it was started"
+        failed = Check(name="self-test", wanted="done", found=found, held=False)
+        self._tell_self_test({"self_test": SelfTest(checks=(failed,), preload_error=loading and found).to_json()})
+        for message_id in self._asked:
+            self._tell({"re": message_id, "error": found})
+        self._asked.clear()
+        self._spawning.clear()
+
+    def _tell_self_test(self, message: dict[str, Any]) -> None:
+        if not self._self_tested:  # what a later zygote says is not the start's
+            self._self_tested = True
+            self._tell(message)
 
     # Sweeps.
 
@@ -200,9 +250,11 @@ class Supervisor:
                 _say(f"slot {slot} could not be swept")
                 self._finish_sweep(slot, clean=False)
             elif sweep.cleaner is None:
+                sweep.worker_pid = self._last_pids.get(slot)
                 self._sweeper.kill(slot, sweep.worker_pid)
                 self._reap()
-                if slot not in self._workers and not self._sweeper.anything_left(slot, sweep.worker_pid):
+                living = slot in self._workers or slot in self._spawning
+                if not living and not self._sweeper.anything_left(slot, sweep.worker_pid):
                     self._start_cleaner(slot, sweep)
 
     def _start_cleaner(self, slot: int, sweep: _Sweep) -> None:
@@ -220,12 +272,16 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(sweep.cleaner, signal.SIGKILL)
         self._tell({"re": sweep.message_id, "clean": clean})
+        if clean and self._sweeper.takes_zygote:
+            with contextlib.suppress(OSError):  # no process to be had: tried again for the next session
+                self._ensure_zygote()
 
     def _end_everything(self) -> None:
         """Leave no process and, outside of a container (whose end takes everything along), no file."""
         if self._broker_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._broker_pid, signal.SIGKILL)
+        self._nursery.kill()
         for slot, pid in self._last_pids.items():
             self._sweeper.kill(slot, pid)
         if os.getpid() == 1:

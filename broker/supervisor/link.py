@@ -5,7 +5,7 @@
     broker → supervisor   {"id": 7, "op": "spawn",  "slot": 3}
                           {"id": 8, "op": "signal", "slot": 3}
                           {"id": 9, "op": "sweep",  "slot": 3}
-    supervisor → broker   {"self_test": {...}}  first of all
+    supervisor → broker   {"self_test": {...}}  once, when workers can be started
                           {"re": 7, "pid": 41}  with the worker's channel attached, or {"re": 7, "error": "..."}
                           {"re": 8}
                           {"re": 9, "clean": true}
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from typing import Any
@@ -42,10 +43,17 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         BlockingIOError: The socket does not block and holds no message.
     """
     try:
-        data, fds, _, _ = socket.recv_fds(sock, _PACKET_BYTES, 1)
+        data, fds, _, _ = _receive(sock)
     except ConnectionError:
         return None
     if not data:
         return None
     message: dict[str, Any] = json.loads(data)
     return message, list(fds)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], int, Any]:
+    with contextlib.suppress(ConnectionResetError):
+        return socket.recv_fds(sock, _PACKET_BYTES, 1)
+    # It ended without having read all: the kernel says so once, ahead of what it had still sent.
+    return socket.recv_fds(sock, _PACKET_BYTES, 1)

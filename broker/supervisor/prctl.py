@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Iterator, Set
 
 _PR_SET_PDEATHSIG = 1
 _PR_GET_DUMPABLE = 3
@@ -17,12 +18,13 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
-#: KILL, SETGID, SETUID and SETPCAP: all that the supervisor ever needs.
-SUPERVISORS_CAPABILITIES = (5, 6, 7, 8)
-
 #: ``_LINUX_CAPABILITY_VERSION_3``, for this process.
 _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 _MOST_CAPABILITIES = 64
+
+CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP = 5, 6, 7, 8
+#: All that the supervisor ever needs.
+SUPERVISORS_CAPABILITIES = frozenset({CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,19 +61,47 @@ def become_user(uid: int, gid: int) -> None:
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    if _libc.capset(_CAPABILITY_HEADER, bytes(24)) != 0:  # some engines make them inheritable
+    _set_capabilities(0)  # some engines make them inheritable
+
+
+@contextlib.contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """Have another effective user for a while. The real and the saved one stay, so that user can do nothing to us."""
+    own = os.geteuid()
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+def keep_capabilities(kept: Set[int]) -> None:
+    """Give up every capability but these, for good. Needs CAP_SETPCAP.
+
+    Args:
+        kept: Numbers below 32, of capabilities that this process holds.
+    """
+    drop_bounding_set(kept)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    _set_capabilities(sum(1 << capability for capability in kept))
+
+
+def _set_capabilities(mask: int) -> None:
+    """Make the effective and the permitted set these, and the inheritable one empty."""
+    # effective, permitted, inheritable; then those above 31
+    if _libc.capset(_CAPABILITY_HEADER, struct.pack("=6I", mask, mask, 0, 0, 0, 0)) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"capset: {os.strerror(error)}")
 
 
-def drop_bounding_set(keep: Collection[int] = ()) -> None:
+def drop_bounding_set(kept: Set[int] = frozenset()) -> None:
     """Take from this process and what it starts the right to ever gain capabilities, but those to keep.
 
     Raises:
         OSError: CAP_SETPCAP is missing.
     """
-    for capability in range(_MOST_CAPABILITIES):
-        if capability not in keep and _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
+    for capability in sorted(set(range(_MOST_CAPABILITIES)) - kept):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) != 0:
             error = ctypes.get_errno()
             if error == errno.EINVAL:  # the kernel's last one was before this
                 return

@@ -1,10 +1,12 @@
 """The self-test at start: a process just like a session tries what generated code must not be able to do.
 
-It runs while the broker is being loaded, before any generated code can, and reports over a pipe.
+It is forked from the zygote, as sessions are, while the broker is being loaded and before any generated code can run,
+and reports over a pipe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -12,7 +14,7 @@ import signal
 from typing import Any
 
 from broker.protocol.self_test import Check, SelfTest
-from broker.supervisor import landlock
+from broker.supervisor import landlock, prctl
 from broker.supervisor.attempts import run_attempts
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.control_group import read_limits
@@ -24,17 +26,24 @@ _LIMIT_S = 5.0
 _MAX_REPORT_BYTES = 1 << 16
 
 _SUPERVISORS = ["KILL", "SETGID", "SETUID", "SETPCAP"]
+_ZYGOTES = ["SETGID", "SETUID", "SETPCAP"]
 
 
 def run_self_test(config: SupervisorConfig, broker_pid: int | None, ruleset: landlock.Ruleset | None) -> SelfTest:
-    """Return what was found.
+    """Return what was found; to be called in the zygote.
 
     Args:
         config: The supervisor's.
         broker_pid: The broker's pid, or None where it is in another pid namespace.
         ruleset: What binds the sessions, or None.
     """
-    checks = [_supervisor(config), _landlock(config, ruleset), *_as_session(config, broker_pid, ruleset)]
+    nothing = config.one_user
+    checks = [
+        _capabilities("supervisor's capabilities", os.getppid(), [] if nothing else _SUPERVISORS),
+        _capabilities("zygote's capabilities", os.getpid(), [] if nothing else _ZYGOTES),
+        _landlock(config, ruleset),
+        *_as_session(config, broker_pid, ruleset),
+    ]
     return SelfTest(checks=tuple(checks), limits=read_limits())
 
 
@@ -57,7 +66,10 @@ def _as_session(config: SupervisorConfig, broker_pid: int | None, ruleset: landl
         report = os.read(reader, _MAX_REPORT_BYTES) if ready else b""
     finally:
         os.close(reader)
-        os.kill(pid, signal.SIGKILL)
+        # The zygote may kill what is still its own user's, and, as the session, what is the session's.
+        for uid in {os.geteuid(), config.guest_uid(0) if config.separate_users else os.geteuid()}:
+            with contextlib.suppress(PermissionError), prctl.acting_as(uid):
+                os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return [Check.from_json(check) for check in json.loads(report or json.dumps([_failed("no report")]))]
 
@@ -66,17 +78,11 @@ def _failed(found: str) -> dict[str, Any]:
     return Check(name="self-test", wanted="done", found=found, held=False).to_json()
 
 
-def _supervisor(config: SupervisorConfig) -> Check:
-    status = read_status("self")
+def _capabilities(name: str, pid: int, wanted: list[str]) -> Check:
+    status = read_status(pid)
     held = sorted(capability_names(status["CapEff"]) + capability_names(status["CapBnd"]))
-    wanted = [] if config.one_user else _SUPERVISORS
     found = ", ".join(capability_names(status["CapEff"])) or "none"
-    return Check(
-        name="supervisor's capabilities",
-        wanted=", ".join(wanted) or "none",
-        found=found,
-        held=held == sorted(wanted * 2),
-    )
+    return Check(name=name, wanted=", ".join(wanted) or "none", found=found, held=held == sorted(wanted * 2))
 
 
 def _landlock(config: SupervisorConfig, ruleset: landlock.Ruleset | None) -> Check:

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from broker.supervisor.config import SupervisorConfig
-
-#: Where a session can have left files; the rest of the sandbox is read-only.
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm")  # noqa: S108
+from broker.supervisor.confinement import WRITABLE_FOLDERS
 
 
 class Sweeper(Protocol):
-    """Kills the processes of a slot and removes its files."""
+    """Kills the processes of a slot and removes its files.
+
+    Attributes:
+        takes_zygote: Whether the zygote is killed with them.
+    """
+
+    takes_zygote: bool
 
     def kill(self, slot: int, worker_pid: int | None) -> None:
         """Send SIGKILL to every process of the slot."""
@@ -29,6 +33,8 @@ class Sweeper(Protocol):
 
 class UidSweeper:
     """Each slot has a uid of its own, so the kernel finds its processes, however they hid."""
+
+    takes_zygote = False
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._config = config
@@ -65,7 +71,12 @@ class UidSweeper:
 
 
 class NamespaceSweeper:
-    """Everything in this pid namespace but PID 1, which sweeps, is the one session's."""
+    """Everything in this pid namespace but PID 1, which sweeps, is the one session's.
+
+    The zygote too: it has the session's user, who may have lowered its limits or stopped it. The next one gets another.
+    """
+
+    takes_zygote = True
 
     def kill(self, slot: int, worker_pid: int | None) -> None:
         """Send SIGKILL to every process but this one."""
@@ -84,6 +95,8 @@ class NamespaceSweeper:
 
 class GroupSweeper:
     """For tests without root: all sessions share the caller's uid, so only the worker's own group is ended."""
+
+    takes_zygote = False
 
     def kill(self, slot: int, worker_pid: int | None) -> None:
         """Send SIGKILL to the worker's process group."""

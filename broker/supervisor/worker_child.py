@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import secrets
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import NoReturn
 
 from broker.supervisor import prctl
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.landlock import Ruleset
+from broker.supervisor.preloading import seed_anew
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -22,20 +23,34 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 EXIT_NOT_STARTED = 70
 
 
-def run_worker(config: SupervisorConfig, slot: int, channel_fd: int, ruleset: Ruleset | None) -> NoReturn:
-    """Turn this forked process into the worker of ``slot``; never returns.
+def run_worker(
+    config: SupervisorConfig,
+    slot: int,
+    channel_fd: int,
+    ruleset: Ruleset | None,
+    *,
+    parent_pid: int,
+    supervisor_pid: int,
+) -> NoReturn:
+    """Turn this process, forked from the zygote, into the worker of ``slot``; never returns.
 
     Args:
         config: The supervisor's.
         slot: The session's slot.
         channel_fd: The worker's end of its channel; every other descriptor is closed.
         ruleset: What it may touch, or None for whatever users and mounts allow.
+        parent_pid: The zygote's pid.
+        supervisor_pid: The supervisor's pid.
     """
     status = EXIT_NOT_STARTED
     try:
+        gc.enable()
         _reset_signals()
         become_session(config, slot, ruleset, keep={channel_fd})
-        _enter_home(config, slot)
+        if os.getppid() != parent_pid:  # it ended before its end would have been ours
+            raise ProcessLookupError("the zygote has ended")
+        _enter_home(config, slot, supervisor_pid)
+        seed_anew()
         status = _run(config, channel_fd)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -53,7 +68,7 @@ def become_session(config: SupervisorConfig, slot: int, ruleset: Ruleset | None,
         ruleset: What it may touch, or None.
         keep: Descriptors that stay open, beside the standard ones.
     """
-    _close_descriptors(keep if ruleset is None else {*keep, ruleset.fileno()})
+    close_descriptors(keep if ruleset is None else {*keep, ruleset.fileno()})
     os.setsid()
     _set_limits(config)
     _become_guest(config, slot)
@@ -62,8 +77,6 @@ def become_session(config: SupervisorConfig, slot: int, ruleset: Ruleset | None,
 
 
 def _run(config: SupervisorConfig, channel_fd: int) -> int:
-    if config.guest_site is not None:
-        sys.path.append(config.guest_site)
     from broker.worker.main import run
 
     null = os.open(os.devnull, os.O_WRONLY)
@@ -81,7 +94,8 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _close_descriptors(keep: set[int]) -> None:
+def close_descriptors(keep: set[int]) -> None:
+    """Close every descriptor but these and the standard ones; nothing is to be read from standard input."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {0, 1, 2}:
@@ -112,13 +126,23 @@ def _become_guest(config: SupervisorConfig, slot: int) -> None:
     os.umask(0o077)
 
 
-def _enter_home(config: SupervisorConfig, slot: int) -> None:
-    # The random part keeps others from squatting; the rest is what ``GroupSweeper`` goes by.
-    home = f"/tmp/session-{slot}-{os.getppid()}-{secrets.token_hex(4)}"  # noqa: S108
-    os.mkdir(home, 0o700)
-    os.chdir(home)
+def own_environment(config: SupervisorConfig, *, home: str) -> None:
+    """Replace the environment variables by those of generated code.
+
+    Args:
+        config: The supervisor's.
+        home: Home directory, and the place for temporary files.
+    """
     os.environ.clear()
     os.environ.update(
         {"HOME": home, "TMPDIR": home, "USER": "guest", "LOGNAME": "guest", "PATH": _PATH, "LANG": "C.UTF-8"}
     )
     os.environ.update(config.environment)
+
+
+def _enter_home(config: SupervisorConfig, slot: int, supervisor_pid: int) -> None:
+    # The random part keeps others from squatting; the rest is what ``GroupSweeper`` goes by.
+    home = f"/tmp/session-{slot}-{supervisor_pid}-{secrets.token_hex(4)}"  # noqa: S108
+    os.mkdir(home, 0o700)
+    os.chdir(home)
+    own_environment(config, home=home)

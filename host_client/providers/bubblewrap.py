@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from host_client.at_exit import at_exit
 from host_client.bubblewrap.launch import launch
 from host_client.bubblewrap.program import find_bwrap
 from host_client.bubblewrap.records import Records
 from host_client.bubblewrap.tree import existing_tree
+from host_client.endings import wait_for_endings
 from host_client.errors import BadSetting, ProviderError, SandboxError, UnknownSandbox
 from host_client.owner import Owner
-from host_client.providers.at_exit import at_exit
 from host_client.providers.base import SandboxHandle
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name
@@ -53,6 +54,9 @@ class BubblewrapProvider:
         tree_of: Returns the folder with a sandbox's files.
         isolation_of: Returns what stands between generated code and the machine; tests of attacks weaken it.
     """
+
+    #: Sandboxes are started ahead of time and ended in the background.
+    is_slow = True
 
     def __init__(
         self,
@@ -145,6 +149,8 @@ class BubblewrapProvider:
 
     def stop_all_owned(self) -> None:
         """Stop every sandbox that this process started and owns; runs at exit by itself."""
+        # First: of a session that was let go it may still have to be asked whether another client holds it.
+        wait_for_endings()
         for handle in list(self._process.owned.values()):
             self.stop(handle)
 
@@ -162,7 +168,7 @@ class BubblewrapProvider:
         with process.lock:
             first, process.has_exit_hook = not process.has_exit_hook, True
         if first:
-            at_exit(_Process, self.stop_all_owned)
+            at_exit(self.stop_all_owned)
 
     def _reap_once(self, runtime: RuntimeDir) -> None:
         process = self._process

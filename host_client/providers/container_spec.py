@@ -105,6 +105,7 @@ class ContainerSpec:
             "guest_site": GUEST_SITE,
             "allowed_host_uids": [os.geteuid()],
             "landlock": self.isolation.landlock,
+            "preload": self.settings.preload,
         }
 
     def tmpfs(self) -> dict[str, str]:

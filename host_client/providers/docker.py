@@ -9,10 +9,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from host_client.at_exit import at_exit
+from host_client.endings import wait_for_endings
 from host_client.engine import connect_engine
 from host_client.errors import ForeignSession, ProviderError, SandboxError, UnknownSandbox
 from host_client.image import image_tag
-from host_client.providers.at_exit import at_exit
 from host_client.providers.base import SandboxHandle
 from host_client.providers.container_spec import LABEL, LABEL_HOST_UID, LABEL_NAME
 from host_client.providers.docker_engine import ContainerNotFound
@@ -56,6 +57,9 @@ class DockerProvider:
         open_runtime: Returns this user's runtime directory.
         isolation_of: Returns what stands between generated code and the machine; tests of attacks weaken it.
     """
+
+    #: Containers are started ahead of time and ended in the background.
+    is_slow = True
 
     def __init__(
         self,
@@ -162,6 +166,8 @@ class DockerProvider:
 
     def stop_all_owned(self) -> None:
         """Stop every sandbox that this process started and owns; runs at exit by itself."""
+        # First: of a session that was let go it may still have to be asked whether another client holds it.
+        wait_for_endings()
         for handle in list(self._process.owned.values()):
             self.stop(handle)
 
@@ -179,7 +185,7 @@ class DockerProvider:
         with process.lock:
             first, process.has_exit_hook = not process.has_exit_hook, True
         if first:
-            at_exit(_Process, self.stop_all_owned)
+            at_exit(self.stop_all_owned)
 
     def _reap_once(self, engine: Engine, runtime: RuntimeDir) -> None:
         process = self._process

@@ -39,6 +39,8 @@ _CONFLICT = 409
 BUILD_TIMEOUT_S = 900
 # 20.10: private cgroup namespaces, and a seccomp filter that can be handed in.
 MIN_API_VERSION = (1, 41)
+#: For asking which version an engine speaks, when it matters to nobody.
+_ANY = "1.41"
 
 _IS_IT_RUNNING = "Is it running? Try: docker info"
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
@@ -103,10 +105,10 @@ class DockerEngine:
         url = engine_url()
         with _errors_of_connecting(url):
             options: dict[str, Any] = {"base_url": url, "tls": _tls()}
-            quick = docker.APIClient(version="auto", timeout=max(1, int(timeout_s)), **options)
-            _require_version(quick, url)
-            patient = docker.APIClient(version=quick.api_version, timeout=BUILD_TIMEOUT_S, **options)
-        quick.timeout = CALL_TIMEOUT_S
+            version = _spoken_version(docker.APIClient(version=_ANY, timeout=max(1, int(timeout_s)), **options))
+            _require_version(version, url)
+            quick = docker.APIClient(version=version, timeout=CALL_TIMEOUT_S, **options)
+            patient = docker.APIClient(version=version, timeout=BUILD_TIMEOUT_S, **options)
         return cls(quick, patient, url=url)
 
     def close(self) -> None:
@@ -306,12 +308,20 @@ def _tls() -> Any:
     return docker.utils.kwargs_from_env().get("tls", False)
 
 
-def _require_version(client: docker.APIClient, url: str) -> None:
-    found = tuple(int(part) for part in str(client.api_version).split("."))
+def _spoken_version(client: docker.APIClient) -> str:
+    """Return the API version that an engine speaks, asked in the one way that takes it no time to answer."""
+    with contextlib.closing(client):
+        raw = cast("Any", client)
+        reply = raw.get(raw._url("/_ping", versioned_api=False))
+        reply.raise_for_status()
+        return str(reply.headers.get("API-Version") or client.version(api_version=False)["ApiVersion"])
+
+
+def _require_version(version: str, url: str) -> None:
+    found = tuple(int(part) for part in version.split("."))
     if found < MIN_API_VERSION:
         raise EngineTooOld(
-            f"The Docker engine at {url} is too old: it speaks API {client.api_version}, "
-            f"and 1.41 (Docker 20.10) is needed.",
+            f"The Docker engine at {url} is too old: it speaks API {version}, and 1.41 (Docker 20.10) is needed.",
             help="Upgrade it; on Debian and Ubuntu: sudo apt-get install -y docker.io",
         )
 

@@ -43,7 +43,7 @@ from host_client.providers.self_test import judged, require
 from host_client.reaper import remove_directory
 from host_client.runtime_dir import RuntimeDir, SandboxDirectory
 from host_client.settings import SandboxSettings
-from host_client.transport import UnixSocketTransport
+from host_client.transport import BrokerTimeout, UnixSocketTransport
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def launch(
 
     Raises:
         SetupError: The image is missing, the disk full, a setting impossible, the name taken.
+        PreloadFailed: A module that was to be preloaded cannot be imported; nothing is left behind.
         SandboxTooWeak: It started, but does not hold what was asked for; nothing is left behind.
         ProviderError: The engine or the sandbox failed; nothing is left behind.
         ProtocolMismatch: The image speaks another version.
@@ -113,10 +114,17 @@ def self_test(socket_path: Path, settings: SandboxSettings, isolation: Isolation
     Raises:
         ProviderError: It does not answer.
         MalformedReply: It answers nonsense.
+        PreloadFailed: A module that was to be preloaded cannot be imported.
     """
     transport = UnixSocketTransport(socket_path)
     try:
         reply = transport.request("GET", "/v1/self-test", timeout_s=settings.start_timeout_s).header
+    except BrokerTimeout as error:
+        preloads = f" and importing {', '.join(settings.preload)}" if settings.preload else ""
+        raise ProviderError(
+            f"the sandbox was not done with its self-test{preloads} within {settings.start_timeout_s:g} s",
+            help="a slow machine? Give it more time: RLM_SANDBOX_START_TIMEOUT_S=120",
+        ) from error
     except BrokerUnreachable as error:
         raise ProviderError(f"the sandbox ended during its self-test: {error.message}") from error
     finally:

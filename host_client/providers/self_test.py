@@ -10,7 +10,7 @@ from typing import Any
 
 from broker.protocol.reading import BadRequest
 from broker.protocol.self_test import Check, Limits, SelfTest
-from host_client.errors import MalformedReply, SandboxTooWeak
+from host_client.errors import MalformedReply, PreloadFailed, SandboxTooWeak
 from host_client.providers.isolation import Isolation
 from host_client.settings import SandboxSettings
 
@@ -43,11 +43,17 @@ def judged(reply: Any, settings: SandboxSettings, isolation: Isolation) -> list[
 
     Raises:
         MalformedReply: This is no self-test.
+        PreloadFailed: A module that was to be preloaded cannot be imported.
     """
     try:
         report = SelfTest.from_json(reply)
     except BadRequest as error:
         raise MalformedReply(f"the sandbox's self-test: {error}") from error
+    if report.preload_error is not None:
+        raise PreloadFailed(
+            report.preload_error,
+            help="the setting preload names modules of the image; packages= adds to it (README, Settings)",
+        )
     own_kernel = any(name in (isolation.runtime or "") for name in _OWN_KERNEL)
     checks = [_adapted(check, isolation, own_kernel=own_kernel) for check in report.checks]
     # A report without a single check is no proof of anything.

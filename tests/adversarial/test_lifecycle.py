@@ -149,7 +149,7 @@ def test_nothing_is_left_of_a_sandbox_with(left: str, own_runtime: Path, setting
             made.execute(f"tally()\n{_LAST_WORDS[left]}")
         except SessionLost:
             assert left == "a death"
-        made.shutdown()
+        made.shutdown(wait=True)
         assert not os.path.exists(f"/proc/{pid}"), "PID 1's end takes every process of its namespace along"
         assert [c for c in engine.list({LABEL: "1"}) if c["Labels"][LABEL_DIRECTORY].startswith(str(own_runtime))] == []
     runtime = RuntimeDir.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -11,20 +12,24 @@ from typing import Any
 import pytest
 
 from broker.protocol import limits
-from broker.protocol.frames import FRAMED_UPGRADE, Blob, FrameAssembler, dump_frame
+from broker.protocol.blob_file import BlobFile
+from broker.protocol.frames import FILES_UPGRADE, FRAMED_UPGRADE, Blob, FrameAssembler, dump_frame
 from broker.testing import InProcessBroker
 
 UPGRADE = f"GET /v1/frames HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {FRAMED_UPGRADE}\r\n\r\n"
+FILES = UPGRADE.replace(FRAMED_UPGRADE, FILES_UPGRADE)
 
 
 class FramedClient:
     """One upgraded connection."""
 
+    upgrade = UPGRADE
+
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(20)
         self.sock.connect(str(path))
-        self.sock.sendall(UPGRADE.encode())
+        self.sock.sendall(self.upgrade.encode())
         assert self.sock.recv(4096).startswith(b"HTTP/1.1 101 ")
         self.frames = FrameAssembler()
 
@@ -166,3 +171,141 @@ sock.recv(4096)
     path = f"/v1/sessions/{session}/executions?wait_s=20"
     _, progress, _ = box.host.request("POST", path, execution(1, code))
     assert "blobs of more than" in progress["result"]["display"]
+
+
+ASK_TWICE = """
+import threading
+answers = []
+threads = [threading.Thread(target=lambda n=n: answers.append(add(n, n))) for n in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+sorted(answers)
+"""
+
+
+def test_one_request_brings_all_claims_of_an_execution_as_many_at_once_as_it_says(
+    box: InProcessBroker, client: FramedClient, session: str
+) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    client.send(
+        f"POST /v1/sessions/{session}/executions?wait_s=20&stream=1&limit=1", execution(1, ASK_TWICE, tools=tools)
+    )
+    other = FramedClient(box.host_socket)
+    for _ in range(3):
+        status, progress, _ = client.receive()
+        assert (status, progress["running"], progress["more"]) == (200, True, True)
+        [claim] = progress["claims"]  # never two, as long as one is held
+        answer = {"attempt": claim["attempt"], "value": sum(claim["args"])}
+        assert other.ask(f"POST /v1/tool-calls/{claim['call_id']}/result", answer)[0] == 200
+    status, progress, _ = client.receive()
+    assert (status, progress["result"]["value"], progress.get("more")) == (200, [0, 2, 4], None)
+    other.sock.close()
+
+
+def test_a_stream_ends_with_its_time_and_is_taken_up_again(client: FramedClient, session: str) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    path = f"POST /v1/sessions/{session}/executions?wait_s=0.05&stream=1"
+    client.send(path, execution(1, "add(1, 2)", tools=tools))
+    replies = [client.receive()]
+    while replies[-1][1].get("more"):
+        replies.append(client.receive())
+    assert replies[-1][1]["running"]
+    claims = [claim for _, progress, _ in replies for claim in progress["claims"]]
+    again = f"POST /v1/sessions/{session}/claims?stream=1"
+    while not claims:
+        claims = client.ask(again, {"wait_s": 0.05, "execution_id": "e1"})[1]["claims"]
+    answer = {"attempt": claims[0]["attempt"], "value": 3}
+    assert client.ask(f"POST /v1/tool-calls/{claims[0]['call_id']}/result", answer)[0] == 200
+    assert client.ask(again, {"wait_s": 20, "execution_id": "e1"})[1]["result"]["value"] == 3
+
+
+def test_a_streams_holder_who_was_replaced_is_told_so(box: InProcessBroker, client: FramedClient, session: str) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    client.send(f"POST /v1/sessions/{session}/executions?wait_s=20&stream=1", execution(1, "add(1, 2)", tools=tools))
+    assert client.receive()[1]["more"]
+    assert box.host.request("POST", f"/v1/sessions/{session}/attach", {"epoch": 1})[0] == 200
+    status, answer, _ = client.receive()
+    assert (status, answer["error"]["code"]) == (409, "fenced")
+
+
+def test_no_call_is_handed_to_a_client_that_is_gone(box: InProcessBroker, session: str) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    gone = FramedClient(box.host_socket)
+    code = "import os, time\nwhile not os.path.exists(flag): time.sleep(0.005)\nadd(1, 2)"
+    flag = str(box.host_socket.parent / "flag")
+    body = execution(1, code, tools=tools, variables={"flag": flag})
+    gone.send(f"POST /v1/sessions/{session}/executions?wait_s=20&stream=1", body)
+    # Posted anew, the execution is known: so the first request has arrived.
+    path = f"/v1/sessions/{session}/claims"
+    while box.host.request("POST", path, {"wait_s": 0, "limit": 0, "execution_id": "e1"})[0] == 404:
+        pass
+    gone.sock.close()
+    open(flag, "w").close()
+    _, progress, _ = box.host.request("POST", path, {"wait_s": 20, "execution_id": "e1"})
+    [claim] = progress["claims"]
+    assert claim["attempt"] == 1
+
+
+class FilesClient(FramedClient):
+    """One connection on which blobs may come in a file."""
+
+    upgrade = FILES
+
+    def ask_with(self, fds: list[int], request: str, body: dict[str, Any], lengths: list[int]) -> Any:
+        header = {"request": request, "body": body, "file": True, "blobs": lengths}
+        socket.send_fds(self.sock, [b"".join(dump_frame(header))], fds)
+        return self.receive()
+
+
+def variable(text: str) -> dict[str, Any]:
+    return execution(len(text), "len(text), text[-1]", variables={"text": {"$blob": [0, "str"]}})
+
+
+def test_variables_may_come_in_a_file(box: InProcessBroker, session: str) -> None:
+    client = FilesClient(box.host_socket)
+    path = f"POST /v1/sessions/{session}/executions?wait_s=20"
+    for size in (1_000, 3_000_000):
+        file = BlobFile.of(["x" * size])
+        _, progress, _ = client.ask_with([file.fd], path, variable("x" * size), file.lengths)
+        assert progress["result"]["value"] == [size, "x"]
+        file.close()
+    assert client.ask(path, execution(1, "text[:2]"))[1]["result"]["value"] == "xx"
+    client.sock.close()
+
+
+@pytest.mark.parametrize("kind", ["none", "two", "short", "unsealed", "pipe"])
+def test_a_file_that_is_not_what_it_should_be_is_refused(box: InProcessBroker, session: str, kind: str) -> None:
+    client = FilesClient(box.host_socket)
+    path = f"POST /v1/sessions/{session}/executions?wait_s=20"
+    file, unsealed, (reading, writing) = BlobFile.of([b"x" * 100]), os.memfd_create("test"), os.pipe()
+    os.write(unsealed, b"x" * 100)
+    fds = {"none": [], "two": [file.fd, file.fd], "unsealed": [unsealed], "pipe": [reading]}.get(kind, [file.fd])
+    status, answer, _ = client.ask_with(fds, path, variable("x"), [200 if kind == "short" else 100])
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    status, progress, _ = client.ask(path, execution(7, "1 + 1"))
+    assert (status, progress["result"]["value"]) == (200, 2)
+    for fd in (file.fd, unsealed, reading, writing):
+        os.close(fd)
+    client.sock.close()
+
+
+def test_an_answer_in_a_file_is_refused(box: InProcessBroker) -> None:
+    client = FilesClient(box.host_socket)
+    file = BlobFile.of([b"x" * 100])
+    body = {"attempt": 1, "value": {"$blob": [0, "bytes"]}}
+    status, answer, _ = client.ask_with([file.fd], "POST /v1/tool-calls/c1/result", body, file.lengths)
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    file.close()
+    client.sock.close()
+
+
+def test_generated_code_cannot_ask_for_files(box: InProcessBroker, session: str) -> None:
+    code = f"""
+import socket
+sock = socket.socket(socket.AF_UNIX)
+sock.connect({str(box.guest_socket)!r})
+sock.sendall(b"GET /v1/frames HTTP/1.1\\r\\nHost: x\\r\\nConnection: Upgrade\\r\\nUpgrade: {FILES_UPGRADE}\\r\\n\\r\\n")
+sock.recv(4096).split()[1]
+"""
+    path = f"/v1/sessions/{session}/executions?wait_s=20"
+    assert box.host.request("POST", path, execution(1, code))[1]["result"]["display"] == "b'426'"

@@ -194,6 +194,9 @@ def test_a_session_has_its_limits_its_environment_and_its_home(sandbox: Sandbox)
         "open('/proc/{supervisor}/environ').read()",
         "import os; os.kill({broker}, 0)",
         "import os; os.kill({supervisor}, 0)",
+        "import os; os.kill(os.getppid(), 0)",  # the zygote
+        "import os; open(f'/proc/{{os.getppid()}}/environ').read()",
+        "import os; os.listdir(f'/proc/{{os.getppid()}}/fd')",
         "import os; os.setuid(0)",
         "import socket; socket.socket(socket.AF_UNIX).connect('{folder}/host/host.sock')",
     ],

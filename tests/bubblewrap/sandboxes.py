@@ -14,6 +14,7 @@ import pytest
 from host_client.bubblewrap.program import ensure_bwrap
 from host_client.bubblewrap.records import Records
 from host_client.bubblewrap.tree import ensure_tree
+from host_client.endings import wait_for_endings
 from host_client.errors import BubblewrapMissing
 from host_client.providers.bubblewrap import BubblewrapProvider
 from host_client.runtime_dir import RuntimeDir
@@ -61,7 +62,8 @@ def provider(runtime: RuntimeDir) -> Iterator[BubblewrapProvider]:
 
 
 def leaks(runtime: RuntimeDir) -> list[str]:
-    """What is left of sandboxes: records, directories, reservations, control groups."""
+    """What is left of sandboxes, once they have ended: records, directories, reservations."""
+    wait_for_endings()
     records = [f"bubblewrap/{path.name}" for path in runtime.path.glob("bubblewrap/*")]
     directories = [path.name for path in runtime.path.iterdir() if path.name not in ("lock", "uids", "bubblewrap")]
     reservations = [f"uids/{path.name}" for path in (runtime.path / "uids").iterdir()]

@@ -16,6 +16,7 @@ from host_client.errors import (
     BadSetting,
     BubblewrapMissing,
     ImageMissing,
+    PreloadFailed,
     ProviderError,
     SandboxTooWeak,
     SessionLost,
@@ -60,6 +61,20 @@ def test_code_runs_with_tools_and_packages_and_nothing_is_left(
     assert not os.path.exists(f"/proc/{pid}")
     assert record.groups
     assert not any(Path(folder).exists() for folder in record.groups)
+
+
+def test_sessions_are_forked_from_a_process_that_has_the_preloads(provider: BubblewrapProvider) -> None:
+    settings = dataclasses.replace(SETTINGS, preload=("numpy",))
+    with SandboxInterpreter(settings=settings, provider=provider) as interpreter:
+        assert interpreter.execute("import os, sys\n['numpy' in sys.modules, os.getppid() > 1]") == [True, True]
+
+
+def test_a_preload_that_is_not_there_is_named_and_nothing_is_left(
+    provider: BubblewrapProvider, runtime: RuntimeDir
+) -> None:
+    with pytest.raises(PreloadFailed, match="no_such_module"):
+        provider.start(dataclasses.replace(SETTINGS, preload=("no_such_module",)))
+    assert leaks(runtime) == []
 
 
 def test_the_limits_are_those_of_the_settings(provider: BubblewrapProvider, runtime: RuntimeDir) -> None:

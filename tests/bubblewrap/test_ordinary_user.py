@@ -12,6 +12,9 @@ _ATTEMPTS = {
     "memory of PID 1": "open('/proc/1/mem', 'rb')",
     "environment of PID 1": "open('/proc/1/environ', 'rb').read()",
     "descriptors of PID 1": "os.readlink('/proc/1/fd/0')",
+    "memory of the zygote": "open(f'/proc/{os.getppid()}/mem', 'rb')",
+    "environment of the zygote": "open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "descriptors of the zygote": "os.readlink(f'/proc/{os.getppid()}/fd/0')",
     "a signal to PID 1": "os.kill(1, 9) or os.kill(1, 0) or done",
     "the host's socket": "os.listdir('/run/rlm-sandbox/host')",
     "its own chance of survival": "open('/proc/self/oom_score_adj', 'w').write('0')",
@@ -52,7 +55,8 @@ def test_generated_code_sees_neither_the_broker_nor_its_socket(runtime: RuntimeD
     report = _report(f"""
 with SandboxInterpreter({{"double": lambda n: n * 2}}, settings=lenient, provider=provider) as made:
     report['value'] = made.execute("import ctypes, os\\ndouble(21)")
-    report['pids'] = made.execute("[int(name) for name in os.listdir('/proc') if name.isdigit()] == [1, os.getpid()]")
+    report['pids'] = made.execute("{{*os.listdir('/proc')}} >= {{'1', str(os.getppid()), str(os.getpid())}}")
+    report['processes'] = made.execute("sum(name.isdigit() for name in os.listdir('/proc'))")
     report['sockets'] = made.execute("os.listdir('/run/rlm-sandbox')")
     for name, code in {_ATTEMPTS!r}.items():
         try:
@@ -62,6 +66,7 @@ with SandboxInterpreter({{"double": lambda n: n * 2}}, settings=lenient, provide
 """)
     assert report.pop("value") == 42
     assert report.pop("pids") is True
+    assert report.pop("processes") == 3
     assert report.pop("sockets") == ["guest"]
     assert set(report) == set(_ATTEMPTS)
     allowed = {"PermissionError", "OSError", "FileNotFoundError", "NameError", "ProcessLookupError"}
@@ -85,6 +90,37 @@ with SandboxInterpreter(settings=lenient, provider=provider, sandbox='one') as s
 provider.stop(handle)
 """)
     assert report["files"] == []
-    assert report["pids"] == 2
+    assert report["pids"] == 3, "PID 1, the zygote and itself"
     assert report["second"], "a second session at the same time is refused"
+    assert leaks(runtime) == []
+
+
+def test_a_session_that_stops_its_zygote_ends_itself_and_the_next_one_gets_another_with_the_preloads(
+    runtime: RuntimeDir,
+) -> None:
+    report = _report("""
+from host_client.errors import SessionLost
+from host_client.providers.isolation import Isolation
+# Landlock, where it is new enough, would already refuse the signal.
+provider = BubblewrapProvider(isolation_of=lambda _: Isolation(landlock=False, enforced=False))
+lenient = dataclasses.replace(lenient, preload=('colorsys',))
+handle = provider.start(lenient, name='one')
+with SandboxInterpreter(settings=lenient, provider=provider, sandbox='one') as first:
+    report['zygotes'] = [first.execute("import os\\nos.getppid()")]
+    report['memory'] = first.execute(
+        "try: open(f'/proc/{os.getppid()}/mem', 'rb')\\nexcept OSError as error: print(type(error).__name__)"
+    )
+    try:
+        first.execute("os.kill(os.getppid(), 19)\\nos._exit(3)")
+    except SessionLost as error:
+        report['lost'] = error.reason
+with SandboxInterpreter(settings=lenient, provider=provider, sandbox='one') as second:
+    report['zygotes'].append(second.execute("import os\\nos.getppid()"))
+    report['preloaded'] = second.execute("import sys\\n'colorsys' in sys.modules")
+provider.stop(handle)
+""")
+    assert "PermissionError" in str(report["memory"])
+    assert report["lost"]
+    assert report["preloaded"] is True
+    assert len(set(report["zygotes"])) == 2  # type: ignore[call-overload]
     assert leaks(runtime) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from host_client import SandboxInterpreter, SandboxSettings
+from host_client import SandboxInterpreter, SandboxSettings, wait_for_endings
 from host_client.engine import connect_engine
 from host_client.errors import EngineUnavailable, SessionLost, UnknownSandbox
 from host_client.image import ensure_image
@@ -42,6 +42,7 @@ def _handle(interpreter: SandboxInterpreter) -> SandboxHandle:
 
 
 def _nothing_is_left(engine: DockerEngine, handle: SandboxHandle) -> bool:
+    assert wait_for_endings(60)
     with pytest.raises(ContainerNotFound):
         engine.inspect(handle.sandbox_id)
     return not Path(handle.socket_path).parent.exists()

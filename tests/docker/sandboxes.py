@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from host_client.endings import wait_for_endings
 from host_client.engine import connect_engine
 from host_client.errors import EngineUnavailable
 from host_client.image import ensure_image
@@ -21,6 +22,8 @@ from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+#: What is let go ends in the background, within a fraction of a second where the machine is quiet.
+ENDINGS_S = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +52,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch, engine: DockerEngine) -> Iterator[R
     with tempfile.TemporaryDirectory() as path:
         monkeypatch.setenv("RLM_SANDBOX_RUNTIME_DIR", f"{path}/r")
         yield RuntimeDir.open()
+        assert wait_for_endings(ENDINGS_S)
         for container in containers(engine, Path(path)):
             engine.remove(container)
 
@@ -67,7 +71,8 @@ def containers(engine: DockerEngine, below: Path) -> list[str]:
 
 
 def leaks(engine: DockerEngine, runtime: RuntimeDir) -> list[str]:
-    """What is left of sandboxes: containers, directories, reservations."""
+    """What is left of sandboxes, once those that were let go have ended: containers, directories, reservations."""
+    assert wait_for_endings(ENDINGS_S)
     directories = [path.name for path in runtime.path.iterdir() if path.name not in ("lock", "uids")]
     reservations = [f"uids/{path.name}" for path in (runtime.path / "uids").iterdir()]
     return containers(engine, runtime.path) + directories + reservations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from host_client import SandboxInterpreter, SandboxSettings
+from host_client import SandboxInterpreter, SandboxSettings, wait_for_endings
 from host_client.errors import SessionLost
 from host_client.journal import SqliteJournal
 from host_client.providers.docker import DockerProvider
@@ -56,11 +56,13 @@ def test_two_hundred_sandboxes_leave_nothing_behind(
                     interpreter.execute("1")
 
     live(1)  # whatever is loaded late, and stays
+    assert wait_for_endings(60)
     engine.close()
     journal.close()
     before = _counts()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(live, range(SANDBOXES)))
+    assert wait_for_endings(60)
     engine.close()
     journal.close()
     gc.collect()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from broker.supervisor.config import SupervisorConfig
+from host_client.errors import BadSetting
 from host_client.providers.container_spec import ContainerSpec
 from host_client.providers.isolation import Isolation
 from host_client.settings import SandboxSettings
@@ -87,3 +88,12 @@ def test_named_containers_of_two_users_do_not_collide(monkeypatch: pytest.Monkey
     mine = spec(owned=False).container_name
     monkeypatch.setattr(os, "geteuid", lambda: 1001)
     assert spec(owned=False).container_name != mine
+
+
+def test_preloads_reach_the_supervisor_and_must_be_names_of_modules() -> None:
+    [text] = spec(preload=("numpy", "os.path")).keywords()["command"]
+    assert SupervisorConfig.from_json(text).preload == ("numpy", "os.path")
+    assert SandboxSettings.from_environment({"RLM_SANDBOX_PRELOAD": "numpy, pandas"}).preload == ("numpy", "pandas")
+    for wrong in (("numpy; import os",), ("",), "numpy", ("a-b",)):
+        with pytest.raises(BadSetting, match="preload"):
+            SandboxSettings(preload=wrong)  # type: ignore[arg-type]

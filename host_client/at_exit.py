@@ -1,0 +1,22 @@
+"""What happens at the end of this process, in whichever way it ends that lets it do anything."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+
+
+class _Anchor:
+    """Something to tie a finalizer to that lives as long as the process."""
+
+
+def at_exit(run: Callable[[], None]) -> None:
+    """Run something when this process exits; children of ``multiprocessing`` skip ``atexit``."""
+    util = sys.modules.get("multiprocessing.util")
+    process = sys.modules.get("multiprocessing.process")
+    if util is not None and process is not None and process.parent_process() is not None:
+        util.Finalize(None, run, exitpriority=0)
+    else:
+        # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
+        weakref.finalize(_Anchor, run)

@@ -1,0 +1,86 @@
+"""Values as the history keeps them: masked, bounded, and plain JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from broker.protocol.messages import Outcome
+from host_client.results import ExecutionRecord
+
+Mask = Callable[[str], str]
+
+#: Of one text; a prompt of a long run fits, a runaway one does not fill the disk.
+MAX_CHARS = 100_000
+#: Of one value as JSON.
+MAX_JSON_CHARS = 1_000_000
+_MAX_ITEMS = 1_000
+_MAX_DEPTH = 8
+
+
+def clipped(text: str, limit: int = MAX_CHARS) -> str:
+    """Return a text with its middle left out where it is too long."""
+    if len(text) <= limit:
+        return text
+    kept = limit // 2
+    return f"{text[:kept]}\n... ({len(text) - 2 * kept:,} of {len(text):,} characters left out) ...\n{text[-kept:]}"
+
+
+def as_json(value: Any, mask: Mask) -> str:
+    """Return any value as JSON; what JSON lacks is named by its type."""
+    text = json.dumps(bounded(value, mask), ensure_ascii=False)
+    return text if len(text) <= MAX_JSON_CHARS else json.dumps(clipped(text, MAX_JSON_CHARS // 2), ensure_ascii=False)
+
+
+def bounded(value: Any, mask: Mask, depth: int = 0) -> Any:
+    """Return a value as what JSON has, its texts masked and bounded."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return (
+            value
+            if not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
+            else f"<int of {value.bit_length()} bits>"
+        )
+    if isinstance(value, str):
+        return clipped(mask(value))
+    if depth < _MAX_DEPTH:
+        if isinstance(value, Mapping):
+            items = list(value.items())[:_MAX_ITEMS]
+            return {clipped(mask(str(key)), 1_000): bounded(item, mask, depth + 1) for key, item in items}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [bounded(item, mask, depth + 1) for item in list(value)[:_MAX_ITEMS]]
+        if callable(dumped := getattr(value, "model_dump", None)) and not isinstance(value, type):
+            return bounded(dumped(), mask, depth + 1)
+    return described(value)
+
+
+def described(value: Any) -> str:
+    """Return what a value is, without the value: ``str, 1,204 characters``."""
+    kind = type(value).__name__
+    if isinstance(value, str):
+        return f"{kind}, {len(value):,} characters"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{kind}, {' x '.join(map(str, shape))}"
+    if isinstance(value, (bytes, bytearray, list, tuple, dict, set, frozenset)):
+        return f"{kind}, {len(value):,} {'bytes' if isinstance(value, (bytes, bytearray)) else 'items'}"
+    return kind
+
+
+def output_text(record: ExecutionRecord) -> str:
+    """Return what an execution showed: what was printed, then the value or the answer."""
+    shown = record.display
+    if record.outcome is Outcome.SUBMITTED:
+        shown = f"SUBMIT {as_json(record.value, str)}"
+    elif shown is None and record.value is not None:
+        shown = as_json(record.value, str)
+    return "\n".join(text for text in (record.text, shown) if text)
+
+
+def size_of(value: Any) -> int | None:
+    """Return how long an answer is as text, where that is known without writing it."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return sum(map(len, value))
+    return None if value is None else len(as_json(value, lambda text: text))
