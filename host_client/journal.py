@@ -207,7 +207,7 @@ class SqliteJournal:
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         # Not at each start, which would read all that is kept: somewhere in the next commits, of any process.
-        self._commits = random.randrange(_PRUNE_EVERY)
+        self._commits = random.randrange(_PRUNE_EVERY)  # noqa: S311
         self._flushes = True
         with self._writing, self._explained():
             self._open()
