@@ -133,13 +133,13 @@ class ToolCalls:
         """Serve a call, and as long as others wait, the next one that comes with the reply to each answer."""
         must_claim = False
         following: tuple[Claim, Sequence[Blob]] | None = (claim, blobs)
-        while following is not None and not self._ended:
+        while following is not None:
             (claim, blobs), news = following, None
             try:
                 news = self._serve(claim, blobs)
             finally:
                 must_claim = self._release(claim)
-            following = self._hold(news)[0] if news is not None else None
+            following = self._hold(news)[0] if news is not None and not self._ended else None
         if must_claim:
             self._claim_in_its_stead()
 
