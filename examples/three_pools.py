@@ -80,7 +80,7 @@ def main(argv: Sequence[str] = ()) -> int:
         verdicts = side_by_side(partial(triage_customer, triage), TICKETS)
         for customer, found in verdicts.items():
             print(f"{customer}: {', '.join(f'{v.severity} (again)' if v.repeated else v.severity for v in found)}")
-        print("issues:", "; ".join(recurring_issues(reading)))
+        print("issues:", recurring_issues(reading))
         for customer, score in side_by_side(partial(score_customer, analytics, verdicts), TICKETS).items():
             print(f"{customer}: {score}")
     print_history(began)
@@ -100,16 +100,16 @@ def triage_customer(pool: SandboxPool, customer: str) -> list[Any]:
     return [rlm(ticket=ticket) for ticket, _ in TICKETS[customer]]
 
 
-def recurring_issues(pool: SandboxPool) -> list[str]:
-    """Read a month of reports, then ask again without sending them again."""
+def recurring_issues(pool: SandboxPool) -> dict[str, int]:
+    """Read a month of reports, then ask about them again without sending them again."""
     factory = partial(pool.interpreter, session="month")
     reader = partial(dspy.RLM, interpreter_factory=factory, max_iters=8, max_llm_calls=12)
     reports = random.Random(1).choices(COMPLAINTS, weights=[5, 3, 2, 1], k=2000)
     question = "Which two issues come up most often? Keep the counts of all of them in a dict `counts`."
     top = reader("reports: list[str], question -> issues: list[str]")(reports=reports, question=question)
-    question = "The session still has the dict `counts` and the list `reports`. How many reports are about each issue?"
-    numbers = reader("issues: list[str], question -> numbers: list[int]")(issues=top.issues, question=question)
-    return [f"{issue} ({number})" for issue, number in zip(top.issues, numbers.numbers, strict=True)]
+    question = "The session still has the dict `counts`. How many reports are about each of these issues?"
+    again = reader("issues: list[str], question -> counted: dict[str, int]")(issues=top.issues, question=question)
+    return dict(again.counted)
 
 
 def score_customer(pool: SandboxPool, verdicts: Any, customer: str) -> Any:
@@ -166,7 +166,7 @@ SUBMIT(severity=severity, number=len(seen), repeated=repeated)
             ("The first two.", "SUBMIT(issues=list(counts)[:2])"),
         ]
     ),
-    "numbers": ScriptedActions([("It is in `counts`.", "SUBMIT(numbers=[counts[issue] for issue in issues])")]),
+    "counted": ScriptedActions([("It is in `counts`.", "SUBMIT(counted={issue: counts[issue] for issue in issues})")]),
 }
 
 

@@ -110,7 +110,7 @@ def test_three_pools_keep_state_where_it_is_strict_and_print_the_prompts(capsys:
     assert answers.splitlines() == [
         "north: high, low, high (again)",
         "south: high, low, high",
-        "issues: invoices cannot be exported (901); logins fail (557)",
+        "issues: {'invoices cannot be exported': 901, 'logins fail': 557}",
         "north: {'accuracy': 1.0, 'missed': 0}",
         "south: {'accuracy': 0.6666666666666666, 'missed': 0}",
     ]
