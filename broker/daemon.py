@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import gevent
 from gevent.event import Event
 
-from broker.errors import TooManyCalls
+from broker.errors import BrokerError, TooManyCalls
+from broker.framed import FramedConnection, guest_routes, host_routes
 from broker.guest_api import make_guest_app
 from broker.host_api import make_host_app
 from broker.logs import Log
-from broker.protocol import fast_json
+from broker.protocol import fast_json, limits
+from broker.protocol.frames import FILES_UPGRADE, FRAMED_UPGRADE, dump_frame
 from broker.protocol.self_test import SelfTest
 from broker.sessions import Sessions
 from broker.spawner import Peer, WorkerSpawner
 from broker.supervisor.config import SupervisorConfig
 from broker.tool_calls import Clock
-from broker.unix_server import UnixServer, only_uids
+from broker.unix_server import Connection, UnixServer, only_uids
 
 #: Connections of one session's processes. Each blocked wrapper holds one; without a bound they would take every
 #: file descriptor of the broker and shut the host out.
@@ -103,10 +106,27 @@ class Daemon:
         self._linger = Linger(config.linger_s, self._nobody_left)
         self._servers = [
             UnixServer(
-                config.guest_socket, 0o666, self.guest_app, log=log, admit=self._admit_guest, left=self._guest_left
+                config.guest_socket,
+                0o666,
+                self.guest_app,
+                log=log,
+                admit=self._admit_guest,
+                left=self._guest_left,
+                upgrades={FRAMED_UPGRADE: self._serve_guest},
             ),
             # Last: a host that reaches this one finds everything in place.
-            UnixServer(config.host_socket, 0o600, self.host_app, log=log, admit=self._admit_host, left=self._host_left),
+            UnixServer(
+                config.host_socket,
+                0o600,
+                self.host_app,
+                log=log,
+                admit=self._admit_host,
+                left=self._host_left,
+                upgrades={
+                    FRAMED_UPGRADE: self._serve_host,
+                    FILES_UPGRADE: lambda sock, connection: self._serve_host(sock, connection, files=True),
+                },
+            ),
         ]
 
     def start(self) -> None:
@@ -130,6 +150,18 @@ class Daemon:
     def stop(self) -> None:
         """Let ``serve`` return."""
         self._stopped.set()
+
+    def _serve_host(self, sock: Any, connection: Connection, *, files: bool = False) -> None:
+        FramedConnection(sock, connection, host_routes(self.sessions), self._log, files=files).serve()
+
+    def _serve_guest(self, sock: Any, connection: Connection) -> None:
+        try:
+            session = self.sessions.of_guest(connection.peer)
+        except BrokerError as error:
+            sock.sendall(b"".join(dump_frame({"status": error.status, "body": error.to_json()})))
+            return
+        most = limits.MAX_GUEST_FRAME_BYTES
+        FramedConnection(sock, connection, guest_routes(session), self._log, max_bytes=most).serve()
 
     def _admit_host(self, peer: Peer) -> None:
         self._allow_host(peer)

@@ -95,8 +95,14 @@ def host_routes(sessions: Sessions) -> Routes:
 
     def answer(request: Request) -> Cancel | None:
         blobs = _in_frame(request)
-        _, call = host_requests.answer(sessions, request.argument, request.query, request.body, blobs, request.size)
-        request.answer(({"call_id": call.call_id, "state": call.state.value}, ()))
+        session, call = host_requests.answer(
+            sessions, request.argument, request.query, request.body, blobs, request.size
+        )
+        reply: JsonObject = {"call_id": call.call_id, "state": call.state.value}
+        claimed = session.claim_one(request.connection.still_there) if "claim" in request.query else None
+        if claimed is not None:
+            reply["claims"] = claimed[0].to_json()["claims"]
+        request.answer((reply, () if claimed is None else claimed[1]))
         return None
 
     return {

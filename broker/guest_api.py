@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flask import Blueprint, Flask, Response, current_app, request
 
 from broker.bodies import body_length, read_body, reply
-from broker.framed import FramedConnection, guest_routes
 from broker.live_session import LiveSession, StatusWithBlobs
 from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.messages import ToolCallRequest
 from broker.query import query_number
 from broker.sessions import Sessions
-from broker.web import connection_of, make_app, upgrade_to_frames
+from broker.web import connection_of, make_app, upgrade_required
 
 guest_api = Blueprint("guest", __name__, url_prefix="/v1")
 
@@ -51,13 +48,7 @@ def read_tool_call(call_id: str) -> Response:
 @guest_api.get("/frames")
 def speak_frames() -> Response:
     """101: from here on the same requests in frames. 426 ``upgrade_required`` where it was not asked for."""
-    session, connection = _session(), connection_of(request)
-
-    def serve(sock: Any) -> None:
-        FramedConnection(sock, connection, guest_routes(session), log, max_bytes=limits.MAX_GUEST_FRAME_BYTES).serve()
-
-    log: Log = current_app.extensions["log"]
-    return upgrade_to_frames(request, serve)
+    raise upgrade_required()  # the server answers whoever asks for it
 
 
 def _session() -> LiveSession:

@@ -14,18 +14,16 @@ import broker
 from broker import host_requests, protocol
 from broker.bodies import read_body, read_optional_body, reply
 from broker.errors import LeaseExpired
-from broker.framed import FramedConnection, host_routes
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
-from broker.protocol.frames import FILES_UPGRADE, FRAMED_UPGRADE
 from broker.protocol.messages import OpenRequest, Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
 from broker.query import query_number
 from broker.sessions import Sessions
 from broker.tool_calls import ToolCall
-from broker.web import connection_of, make_app, upgrade_to_frames
+from broker.web import connection_of, make_app, upgrade_required
 
 JsonObject = dict[str, Any]
 
@@ -208,13 +206,7 @@ def answer_tool_call(call_id: str) -> Response:
 @host_api.get("/frames")
 def speak_frames() -> Response:
     """101: from here on the most frequent requests in frames. 426 ``upgrade_required`` where it was not asked for."""
-    plane, connection = _plane(), connection_of(request)
-    files = request.headers.get("Upgrade", "").lower() == FILES_UPGRADE
-
-    def serve(sock: Any) -> None:
-        FramedConnection(sock, connection, host_routes(plane.sessions), plane.log, files=files).serve()
-
-    return upgrade_to_frames(request, serve, FILES_UPGRADE if files else FRAMED_UPGRADE)
+    raise upgrade_required()  # the server answers whoever asks for it
 
 
 def _check_epoch(session: LiveSession) -> None:

@@ -158,6 +158,15 @@ class LiveSession:
         """Store the host's answer to a claim."""
         return self.core.tool_calls.finish(call_id, answer, blobs, size=size)
 
+    def claim_one(self, still_there: Callable[[], bool]) -> WithBlobs | None:
+        """Claim the next call for whoever has just answered one, if there is any; it counts as started."""
+        queue = self.core.tool_calls
+        if not queue.claimable or not still_there():
+            return None
+        taken = queue.claim(limit=1, lease_s=limits.DEFAULT_LEASE_S, start=True)
+        self._alarm.check()
+        return _pack(None, taken, limits.DEFAULT_LEASE_S, (), more=False)
+
     def renew_call(self, call_id: str, attempt: int, lease_s: float) -> bool:
         """Prolong one lease; tell whether it was still held."""
         lost = self.core.tool_calls.renew([(call_id, attempt)], lease_s)

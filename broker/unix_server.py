@@ -9,7 +9,8 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import gevent
@@ -29,6 +30,10 @@ _MAX_HEADER_LINE_BYTES = 8192
 _JOIN_BYTES = 64 << 10
 #: How long a client that is refused may take to say what it wanted.
 _REFUSED_WAIT_S = 1.0
+#: The first request of a connection that wants to speak frames.
+_UPGRADE_START = b"GET /v1/frames HTTP/1.1\r\n"
+_UPGRADE_BYTES = 1024
+_UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -37,12 +42,10 @@ class Connection:
 
     Attributes:
         peer: Who connected.
-        upgraded: What serves the connection from the end of the current request on, or None for HTTP.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.upgraded: Callable[[Any], None] | None = None
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self.peer = Peer(pid=pid, uid=uid)
 
@@ -51,6 +54,10 @@ class Connection:
         poll = select.poll()
         poll.register(self._sock.fileno(), select.POLLRDHUP)
         return not poll.poll(0)
+
+
+#: Serves an upgraded connection on its socket, until it ends.
+Serve = Callable[[Any, Connection], None]
 
 
 class Headers(dict[str, str]):
@@ -118,10 +125,6 @@ class UnixHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     def handle_one_request(self) -> Any:
         """Serve one request; what pywsgi would answer as text is answered in JSON."""
         result = super().handle_one_request()
-        upgraded = self.server.connections[self.socket].upgraded
-        if upgraded is not None:
-            upgraded(self.socket)
-            return None
         if isinstance(result, tuple):
             return result[0], canned_reply(BadRequest("malformed HTTP request"))
         return result
@@ -164,6 +167,7 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
         log: For defects.
         admit: Called with each new connection's peer; may raise a ``BrokerError``, which is the only answer then.
         left: Called when an admitted connection has been closed.
+        upgrades: What serves a connection whose first request asks to speak a protocol, by that protocol's name.
     """
 
     def __init__(
@@ -175,9 +179,11 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
         log: Log,
         admit: Callable[[Peer], None],
         left: Callable[[Peer], None],
+        upgrades: Mapping[str, Serve] = MappingProxyType({}),
     ) -> None:
         self.connections: dict[Any, Connection] = {}
         self._path, self._log, self._admit, self._left = path, log, admit, left
+        self._upgrades = upgrades
         super().__init__(_listen(path, mode), app, handler_class=UnixHandler, log=None, error_log=None)
 
     def handle(self, sock: Any, address: Any) -> None:
@@ -199,10 +205,30 @@ class UnixServer(pywsgi.WSGIServer):  # type: ignore[misc]
             return
         self.connections[sock] = connection
         try:
-            super().handle(sock, address)
+            serve = self._upgrade(sock)
+            if serve is None:
+                super().handle(sock, address)
+            else:
+                serve(sock, connection)
         finally:
             del self.connections[sock]
             self._left(connection.peer)
+
+    def _upgrade(self, sock: Any) -> Serve | None:
+        """Agree to speak another protocol, where that is all that the client has asked so far.
+
+        Here and not in a handler, because generated code opens hundreds of these at a time, and they cost little so.
+        """
+        head = sock.recv(_UPGRADE_BYTES, socket.MSG_PEEK)
+        if not (head.startswith(_UPGRADE_START) and head.endswith(b"\r\n\r\n")):
+            return None
+        fields = [line.partition(b":") for line in head[len(_UPGRADE_START) : -4].lower().split(b"\r\n")]
+        asked = [value.strip() for name, _, value in fields if name == b"upgrade"]
+        serve = self._upgrades.get(asked[0].decode("latin-1")) if len(asked) == 1 else None
+        if serve is not None:
+            sock.recv(len(head))
+            sock.sendall(_UPGRADED % asked[0])
+        return serve
 
     def living_connections(self) -> int:
         """Count the connections whose other side is still there; one that waits for an answer may have died."""

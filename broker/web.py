@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from flask import Flask, Request, Response
 from werkzeug.exceptions import HTTPException
 
@@ -43,23 +40,9 @@ def connection_of(request: Request) -> Connection:
     return connection
 
 
-def upgrade_to_frames(request: Request, serve: Callable[[Any], None], protocol: str = FRAMED_UPGRADE) -> Response:
-    """Return the reply after which the connection speaks frames.
-
-    Args:
-        request: Must ask for it in its ``Upgrade`` header.
-        serve: Called with the connection's socket once the reply is sent; the connection ends when it returns.
-        protocol: What it must ask for.
-
-    Raises:
-        UpgradeRequired: It did not ask.
-    """
-    if request.headers.get("Upgrade", "").lower() != protocol:
-        raise UpgradeRequired(f"ask with 'Connection: Upgrade' and 'Upgrade: {protocol}'")
-    connection_of(request).upgraded = serve
-    response = Response(status=101, headers=[("Connection", "Upgrade"), ("Upgrade", protocol)])
-    del response.headers["Content-Type"]  # there is no body
-    return response
+def upgrade_required() -> UpgradeRequired:
+    """Return the error for a request of ``/v1/frames`` that asks for no protocol which the server speaks."""
+    return UpgradeRequired(f"ask with 'Connection: Upgrade' and 'Upgrade: {FRAMED_UPGRADE}'")
 
 
 def _http_error(error: HTTPException) -> Response:

@@ -159,8 +159,17 @@ class BrokerClient(Protocol):
                 there is one answer.
         """
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> News | None:
         """Post what a tool gave.
+
+        Args:
+            call_id: The call.
+            result: The answer.
+            blobs: Raw parts of its value.
+            claim: Take the next call in the same breath, if there is one; it counts as started.
+
+        Returns:
+            The next call, or None.
 
         Raises:
             LeaseExpired: Somebody else holds the call.
@@ -259,11 +268,17 @@ class HttpBrokerClient:
         path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/claims")
         return self._follow(path, wanted.to_json(), (), wanted.wait_s + late_s, on_claims)
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> News | None:
         """See ``BrokerClient.answer``."""
         timeout_s = _PROMPT_S + _SEND_S_PER_BYTE * sum(map(len, blobs))
         path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/result")
-        _checked(self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s, framed=True))
+        path = f"{path}&claim=1" if claim else path
+        reply = _checked(
+            self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s, framed=True)
+        )
+        if not reply.header.get("claims"):
+            return None
+        return _news(reply._replace(header={"running": True, "claims": reply.header["claims"]}))
 
     def interrupt(self, session_id: str, execution_id: str) -> None:
         """See ``BrokerClient.interrupt``."""

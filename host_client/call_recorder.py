@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,9 +64,9 @@ class CallRecorder:
     def conclude(self, record: CallRecord, result: ToolResult, blobs: Sequence[Blob]) -> None:
         """Note how a tool ended; see ``RunningRecord.conclude``."""
         # Masked it would be another result: a successor that needs it resolves the call as unknown instead.
-        outcome = None if self._masker.is_in(result, blobs) else pack(result, blobs)
+        record.outcome = None if self._masker.is_in(result, blobs) else pack(result, blobs)
         try:
-            self._journal.conclude(dataclasses.replace(record, outcome=outcome))
+            self._journal.conclude(record)
         finally:
             if self._closed:
                 self._journal.close()
@@ -94,12 +93,9 @@ class RunningRecord:
         Raises:
             JournalUnusable: It could not be; the outcome must not be told.
         """
-        ended = dataclasses.replace(
-            self._record,
-            state=DONE if result.error is None else FAILED,
-            duration_s=self._recorder.now_s() - self._started_at,
-        )
-        self._recorder.conclude(ended, result, blobs)
+        self._record.state = DONE if result.error is None else FAILED
+        self._record.duration_s = self._recorder.now_s() - self._started_at
+        self._recorder.conclude(self._record, result, blobs)
 
     def delivered(self) -> None:
         """Note that the broker has it."""

@@ -79,7 +79,7 @@ class CallKey(NamedTuple):
     attempt: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class CallRecord:
     """What the journal knows of one attempt at a tool call.
 
@@ -174,6 +174,8 @@ class _Change(NamedTuple):
 class _Ticket:
     """A change on its way, and what came of it."""
 
+    __slots__ = ("change", "error", "result", "settled")
+
     def __init__(self, change: _Change) -> None:
         self.change = change
         self.settled = False
@@ -207,7 +209,7 @@ class SqliteJournal:
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         # Not at each start, which would read all that is kept: somewhere in the next commits, of any process.
-        self._commits = random.randrange(_PRUNE_EVERY)
+        self._commits = random.randrange(_PRUNE_EVERY)  # noqa: S311
         self._flushes = True
         with self._writing, self._explained():
             self._open()
@@ -234,13 +236,12 @@ class SqliteJournal:
         """See ``Journal.intend``."""
 
         def write(db: sqlite3.Connection) -> None:
-            who = (holder.sandbox_id, holder.session_id)
-            held = db.execute("SELECT epoch FROM sessions WHERE sandbox_id = ? AND session_id = ?", who).fetchone()
-            if held is not None and held[0] != holder.epoch:
+            who = (holder.sandbox_id, holder.session_id, call.sandbox_id, call.call_id)
+            epoch, earlier = db.execute(_HOLDER_AND_EARLIER, who).fetchone()
+            if epoch is not None and epoch != holder.epoch:
                 raise Fenced(f"epoch {holder.epoch} of the session {holder.session_id} is over", status=409)
-            ran = "SELECT state FROM calls WHERE sandbox_id = ? AND call_id = ? AND state != 'requeued'"
-            if (earlier := db.execute(ran, call.key[:2]).fetchone()) is not None:
-                raise CallGone(f"the call {call.call_id} was started before ({earlier[0]})", status=410)
+            if earlier is not None:
+                raise CallGone(f"the call {call.call_id} was started before ({earlier})", status=410)
             self._insert(db, call)
 
         self._write(write, durable=True)
@@ -316,10 +317,9 @@ class SqliteJournal:
                             ticket.result = ticket.change.write(db)
                         except (Fenced, CallGone) as refused:
                             ticket.error = refused
-                    db.executemany(
-                        f"UPDATE calls SET delivered = 1, outcome = NULL WHERE {_THIS_CALL}",  # noqa: S608
-                        done_with,
-                    )
+                    if done_with:
+                        change = f"UPDATE calls SET delivered = 1, outcome = NULL WHERE {_THIS_CALL}"  # noqa: S608
+                        db.executemany(change, done_with)
                 self._commits += 1
                 if self._commits % _PRUNE_EVERY == 0:
                     self._prune()
@@ -336,7 +336,7 @@ class SqliteJournal:
 
     def _flush_commits(self, db: sqlite3.Connection, durable: bool) -> None:
         """Choose whether the next commit reaches the disk, or the file only."""
-        if durable != self._flushes:
+        if durable != self._flushes and self.path != MEMORY:
             db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._flushes = durable
 
@@ -407,6 +407,10 @@ def default_path(environ: Mapping[str, str] | None = None) -> Path:
 _COLUMNS = (
     "sandbox_id, call_id, attempt, session_id, sandbox, execution_id, tool, state, delivered, started_at, duration_s"
 )
+_HOLDER_AND_EARLIER = (
+    "SELECT (SELECT epoch FROM sessions WHERE sandbox_id = ? AND session_id = ?), "
+    "(SELECT state FROM calls WHERE sandbox_id = ? AND call_id = ? AND state != 'requeued' LIMIT 1)"
+)
 _THIS_CALL = "sandbox_id = ? AND call_id = ? AND attempt = ?"
 
 
@@ -416,16 +420,30 @@ def _record(row: tuple[Any, ...]) -> CallRecord:
     return CallRecord(**{**values, "delivered": bool(values["delivered"])})
 
 
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
+class _transaction:  # not a generator: there are two for each tool call
+    """Writes all or nothing."""
+
+    __slots__ = ("_db",)
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            try:
+                self._db.execute("COMMIT")
+                return
+            except BaseException:
+                self._roll_back()
+                raise
+        self._roll_back()
+
+    def _roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):  # SQLite rolls back by itself where the disk is full
-            db.execute("ROLLBACK")
-        raise
+            self._db.execute("ROLLBACK")
 
 
 def _prepare(db: sqlite3.Connection) -> None:

@@ -39,8 +39,9 @@ RECORDS = "bubblewrap"
 #: Guest uids: above the system's and the users' of common distributions, below subordinate ranges (100,000 and up).
 GUEST_UID_FIRST = 20_000
 GUEST_UID_END = 60_000
-#: Uids of one sandbox: twice the most sessions that the settings allow (the supervisor kills under uids of its own).
-UIDS_PER_SANDBOX = 128
+#: Uids of one sandbox: twice the most sessions that the settings allow (the supervisor kills under uids of its own),
+#: and one more for a person's shell.
+UIDS_PER_SANDBOX = 160
 SLOTS = (GUEST_UID_END - GUEST_UID_FIRST) // UIDS_PER_SANDBOX
 
 #: The broker's uid where the host user is root: nobody's on common distributions, and below the guests'.

@@ -145,7 +145,7 @@ class ScriptedClient:
                 self._changed.wait(left_s)
             return _news(wanted, running)
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> News | None:
         """Hand an answer to the step that waits for it."""
         value = None if result.error else Decoder(blobs, arrays=True).decode(result.value)
         with self._changed:
@@ -153,7 +153,7 @@ class ScriptedClient:
                 if running.result is None and call_id in running.answers:
                     running.answers[call_id] = (result, value)
                     self._changed.notify_all()
-                    return
+                    return None
         raise CallGone(f"the call {call_id} is over", status=410)
 
     def interrupt(self, session_id: str, execution_id: str) -> None:

@@ -111,11 +111,14 @@ class ToolCalls:
             self._streamed = True
         if news.progress.lost:
             log.debug("no longer ours to answer: %s", news.progress.lost)
-        for claim in news.progress.claims:
-            with self._lock:
-                self._held[claim.call_id] = claim.attempt
-            first, end = claim.blob_range
-            self._threads.run(partial(self._run, claim, news.blobs[first:end]))
+        for claim, blobs in self._hold(news):
+            self._threads.run(partial(self._run, claim, blobs))
+
+    def _hold(self, news: News) -> list[tuple[Claim, Sequence[Blob]]]:
+        """Note that these calls are ours; return each with its blobs."""
+        with self._lock:
+            self._held.update((claim.call_id, claim.attempt) for claim in news.progress.claims)
+        return [(claim, news.blobs[slice(*claim.blob_range)]) for claim in news.progress.claims]
 
     def end(self) -> None:
         """The execution is over: answers of tools that still run go nowhere."""
@@ -127,30 +130,40 @@ class ToolCalls:
         )
 
     def _run(self, claim: Claim, blobs: Sequence[Blob]) -> None:
-        try:
-            self._serve(claim, blobs)
-        finally:
-            must_claim = self._release(claim)
+        """Serve a call, and as long as others wait, the next one that comes with the reply to each answer."""
+        must_claim = False
+        following: tuple[Claim, Sequence[Blob]] | None = (claim, blobs)
+        while following is not None:
+            (claim, blobs), news = following, None
+            try:
+                news = self._serve(claim, blobs)
+            finally:
+                must_claim = self._release(claim)
+            following = self._hold(news)[0] if news is not None and not self._ended else None
         if must_claim:
             self._claim_in_its_stead()
 
-    def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> None:
-        """Record, run, record, answer: in this order, and no step where the one before failed."""
+    def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> News | None:
+        """Record, run, record, answer: in this order, and no step where the one before failed.
+
+        Returns:
+            The next call to serve, where the broker had one.
+        """
         try:
             record = self._recorder.begin(claim, idempotent=self._is_idempotent(claim.tool))
         except (JournalUnusable, JournalNewer) as error:
             self._not_run(claim, error)
-            return
+            return None
         except (Fenced, CallGone) as error:
             log.warning("tool %s (call %s) was not run: %s", claim.tool, claim.call_id, error)
-            return
+            return None
         result, result_blobs = self._context.copy().run(self._call, claim, blobs)
         try:
             record.conclude(result, result_blobs)
         except (JournalUnusable, JournalNewer) as error:
             self._not_recorded(claim, error)
-            return
-        self._answer(claim, result, result_blobs, record)
+            return None
+        return self._answer(claim, result, result_blobs, record)
 
     def _not_run(self, claim: Claim, error: SandboxError) -> None:
         """What cannot be recorded must not happen; the caller of ``execute`` gets the error, the code a hint of it."""
@@ -212,13 +225,14 @@ class ToolCalls:
 
     def _answer(
         self, claim: Claim, result: ToolResult, blobs: Sequence[Blob], record: RunningRecord | None = None
-    ) -> None:
+    ) -> News | None:
         if self._ended:
-            return
+            return None
         try:
-            self._client.answer(claim.call_id, result, blobs)
+            news = self._client.answer(claim.call_id, result, blobs, claim=self._streamed and self._fatal is None)
             if record is not None:
                 record.delivered()
+            return news
         except (CallGone, LeaseExpired, Fenced) as late:
             log.debug("the answer of %s came too late: %s", claim.tool, late)
         except BrokerUnreachable as gone:
@@ -226,10 +240,11 @@ class ToolCalls:
         except SandboxError as refused:
             if self._ended or result.error is not None:
                 log.debug("the answer of %s was refused: %s", claim.tool, refused)
-                return
+                return None
             log.warning("the answer of tool %s (call %s) was refused: %s", claim.tool, claim.call_id, refused)
             error = ErrorInfo(type="RuntimeError", message=f"the result of {claim.tool}() was refused: {refused}")
             self._refuse(claim, error, record)
+        return None
 
     def _refuse(self, claim: Claim, error: ErrorInfo, record: RunningRecord | None) -> None:
         """Answer with an error in the place of a result that the broker does not take."""

@@ -32,6 +32,8 @@ Blob = bytes | bytearray | memoryview
 _LENGTH = struct.Struct(">I")
 
 
+#: The fast reader holds a tree of its own beside the result: from here on the memory counts for more than the time.
+_FAST_BYTES = 1 << 20
 _loads: Callable[[bytes | bytearray], Any] | None = None
 _dumps: Callable[[dict[str, Any]], bytes] | None = None
 
@@ -86,7 +88,7 @@ def parse_json_object(data: Blob) -> dict[str, Any]:
     """
     data = data if isinstance(data, (bytes, bytearray)) else bytes(data)
     most = containers(data)
-    if _loads is not None and most <= limits.MAX_JSON_CONTAINERS:
+    if _loads is not None and len(data) <= _FAST_BYTES and most <= limits.MAX_JSON_CONTAINERS:
         try:
             parsed = _loads(data)
         except ValueError:  # it is malformed, or has lone surrogates; the standard library has the better words

@@ -14,8 +14,9 @@ from broker.protocol import frames, limits
 from broker.protocol.frames import Blob
 from broker.worker.errors import BrokerGone
 
-# After a burst of 1,000 calls, so many connections stay open.
+# After an execution, so many connections stay open; within one, a burst of calls uses them again and again.
 _MAX_IDLE = 8
+_MAX_IDLE_IN_BURST = 256
 # A long poll is answered after MAX_WAIT_S at the latest; a broker silent for so much longer hangs.
 _SILENCE_S = int(limits.MAX_WAIT_S) + 60
 _MAX_HEAD_BYTES = 64 << 10
@@ -180,6 +181,13 @@ class GuestPlane:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
+    def let_go(self) -> None:
+        """Close what a burst of calls has left open."""
+        for idle in (self._idle, self._framed):
+            while len(idle) > _MAX_IDLE:
+                with contextlib.suppress(IndexError):  # another thread took it
+                    idle.pop().sock.close()
+
     def forget(self) -> None:
         """In a forked child: close the copies of the parent's connections."""
         for connection in [*self._idle, *self._framed, *self._busy]:
@@ -189,13 +197,13 @@ class GuestPlane:
     def _take(self, framed: bool) -> _Connection:
         """Return a connection that nobody uses.
 
-        Frames save time on every call but cost an exchange to begin with: not for the connections of a burst, which
-        are closed after one call.
+        Frames save time on every call but cost an exchange to begin with: not for those connections of a burst that
+        would be closed after one call.
         """
         try:
             connection = (self._framed if framed else self._idle).pop()
         except IndexError:
-            connection = self._begin(framed and self._speaks_frames and len(self._busy) < _MAX_IDLE)
+            connection = self._begin(framed and self._speaks_frames and len(self._busy) < _MAX_IDLE_IN_BURST)
         self._busy.add(connection)
         return connection
 
@@ -241,7 +249,7 @@ class GuestPlane:
     def _give_back(self, connection: _Connection, reusable: bool) -> None:
         self._busy.discard(connection)
         idle = self._framed if connection.framed else self._idle
-        if reusable and not connection.cut and (len(idle) < _MAX_IDLE or self._starving):
+        if reusable and not connection.cut and (len(idle) < _MAX_IDLE_IN_BURST or self._starving):
             idle.append(connection)
         else:
             connection.sock.close()

@@ -67,6 +67,7 @@ class Worker:
                 continue
             self._send(header["execution_id"], self._execute(header, blobs, fd))
             self._calls.cut_waits()
+            self._calls.let_go()
             if not self._keeps_pipe:
                 # After the result, which nobody shall wait for longer than needed: what is printed meanwhile is thrown
                 # away by the broker.

@@ -66,6 +66,10 @@ class ToolCalls:
         """Wake the threads that wait for an answer; they raise RuntimeError."""
         self._plane.cut_waits()
 
+    def let_go(self) -> None:
+        """Close the connections that a burst of calls has left open."""
+        self._plane.let_go()
+
     def forget_connections(self) -> None:
         """In a forked child: start with connections of its own."""
         self._plane.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ class ScriptedActions:
         if self._answer is None:
             raise RuntimeError("the script has no answer to sub-queries")
         return self._answer(messages[-1].text)
+
+
+def first_sentence(prompt: str) -> str:
+    """Play the sub-model that sums up: give the first sentence of the Markdown after a prompt's first empty line."""
+    text = prompt.partition("\n\n")[2]
+    prose = re.sub(r"^#.*?$|^\|.*?$|^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    plain = " ".join(prose.replace("**", "").split())
+    # A label such as "Decision." is none.
+    found = re.match(r".{20,}?[.!?](?=\s|$)", plain)
+    return found[0] if found else plain
 
 
 @contextlib.contextmanager

@@ -202,6 +202,32 @@ def test_one_request_brings_all_claims_of_an_execution_as_many_at_once_as_it_say
     other.sock.close()
 
 
+def test_an_answer_brings_the_next_call_along(box: InProcessBroker, client: FramedClient, session: str) -> None:
+    tools = [{"name": "add", "parameters": None}]
+    client.send(f"POST /v1/sessions/{session}/executions?wait_s=20&limit=1", execution(1, ASK_TWICE, tools=tools))
+    [claim] = client.receive()[1]["claims"]
+    queued = f"/v1/sessions/{session}/claims"
+    # Until the others have called too: nothing is claimed here.
+    while not all_queued(box, session, 2):
+        box.host.request("POST", queued, {"wait_s": 0.01, "limit": 0, "execution_id": "e1"})
+    seen = [claim]
+    while True:
+        claim = seen[-1]
+        answer = {"attempt": claim["attempt"], "value": sum(claim["args"])}
+        status, reply, _ = client.ask(f"POST /v1/tool-calls/{claim['call_id']}/result?claim=1", answer)
+        assert (status, reply["state"]) == (200, "done")
+        if "claims" not in reply:
+            break
+        seen += reply["claims"]
+    assert len({claim["call_id"] for claim in seen}) == 3
+    _, progress, _ = client.ask(f"POST /v1/sessions/{session}/claims", {"wait_s": 20, "execution_id": "e1"})
+    assert progress["result"]["value"] == [0, 2, 4]
+
+
+def all_queued(box: InProcessBroker, session: str, count: int) -> bool:
+    return bool(box.daemon.sessions[session].core.tool_calls.claimable == count)
+
+
 def test_a_stream_ends_with_its_time_and_is_taken_up_again(client: FramedClient, session: str) -> None:
     tools = [{"name": "add", "parameters": None}]
     path = f"POST /v1/sessions/{session}/executions?wait_s=0.05&stream=1"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import os
+import signal
 import threading
 import time
 from typing import Any
@@ -100,7 +101,7 @@ def test_code_that_ignores_the_deadline_is_killed_and_a_new_interpreter_works(re
 
 
 def test_ctrl_c_keeps_the_session(real_backend: Backend) -> None:
-    interpreter = real_backend.make(tools={"press": _thread.interrupt_main})
+    interpreter = real_backend.make(tools={"press": lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(KeyboardInterrupt):
         interpreter.execute("x = 1\npress()\nwhile True: pass")
     assert interpreter.execute("x") == 1

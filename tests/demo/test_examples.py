@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from dspy.primitives.code_interpreter import CodeExecutionError, FinalOutput
 
 import host_client
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.demo.example_files import load
 
 
 class InProcess:

@@ -8,7 +8,7 @@ import dspy
 import pytest
 
 from host_client.demo.keys import ModelChoice
-from host_client.demo.models import ScriptedActions, example_model, language_model
+from host_client.demo.models import ScriptedActions, example_model, first_sentence, language_model
 
 
 def test_actions_come_in_order_and_sub_queries_are_answered() -> None:
@@ -47,3 +47,22 @@ def test_example_without_a_key_is_scripted(monkeypatch: pytest.MonkeyPatch, tmp_
     with example_model(ScriptedActions([], lambda prompt: "scripted"), only_scripted=False) as lm:
         assert lm("hello") == ["scripted"]
         assert dspy.settings.lm is lm
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "# A title\n\n**Decision.** All goes\nthrough 1.5 pipes. Nothing else does.",
+            "Decision. All goes through 1.5 pipes.",
+        ),
+        (
+            "```python\nprint(1)  # No. Prose.\n```\n\n| a | b. |\n\nHere is the prose, at last! And so on.",
+            "Here is the prose, at last!",
+        ),
+        ("without an end", "without an end"),
+        ("", ""),
+    ],
+)
+def test_first_sentence_is_prose_and_not_the_question(text: str, sentence: str) -> None:
+    assert first_sentence(f"What is said here? Be brief.\n\n{text}") == sentence

@@ -9,7 +9,7 @@ from typing import Any
 
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ToolResult
-from host_client.broker_client import HttpBrokerClient
+from host_client.broker_client import HttpBrokerClient, News
 from host_client.journal import CallKey, CallRecord, Holder, SqliteJournal
 from host_client.providers.base import SandboxHandle
 from host_client.providers.fake import FakeProvider, RunningBroker
@@ -58,9 +58,10 @@ class StrikingClient(HttpBrokerClient):
         super().__init__(StrikingTransport(path, strike))
         self._strike = strike
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
-        super().answer(call_id, result, blobs)
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> News | None:
+        news = super().answer(call_id, result, blobs, claim=claim)
         self._strike(Step.REPLY_LOST)
+        return news
 
 
 class StrikingJournal(SqliteJournal):

@@ -99,7 +99,8 @@ def test_an_engine_that_stops_mid_tool_costs_the_session_and_a_new_one_works_whe
     interpreter = SandboxInterpreter(tools={"effect": effect}, settings=settings, provider=provider)
     with pytest.raises(SessionLost) as lost:
         interpreter.execute("import time\neffect('once')\ntime.sleep(600)")
-    assert lost.value.reason in {"engine_gone", "killed"}
+    # The engine asks containers to stop before it kills them: a broker that has the time says so itself.
+    assert lost.value.reason in {"engine_gone", "killed", "shutdown"}
     assert count(counter) == 1
     assert stopped.wait(_START_S)
     with pytest.raises(SandboxError):

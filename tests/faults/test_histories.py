@@ -80,7 +80,7 @@ class DirectClient:
     def __init__(self, session: Session, epoch: int) -> None:
         self._session, self.epoch = session, epoch
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob]) -> None:
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> None:
         self._ask(lambda: self._session.tool_calls.finish(call_id, result, blobs))
 
     def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:

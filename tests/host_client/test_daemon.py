@@ -12,7 +12,7 @@ from host_client import daemon
 from host_client.errors import EngineUnavailable, ProviderError, SetupError, UnknownSandbox
 from host_client.providers.docker import DockerProvider
 from host_client.providers.fake_engine import FakeEngine
-from host_client.runtime_dir import RuntimeDir
+from host_client.runtime_dir import UIDS_PER_SANDBOX, RuntimeDir
 from tests.host_client.provider_fixtures import SETTINGS, engine, left_over, provider, runtime
 
 __all__ = ["engine", "provider", "runtime"]
@@ -219,7 +219,7 @@ def test_the_shell_runs_under_a_uid_of_this_sandbox_that_no_session_has(engine: 
     assert argv[:2] == ["docker", "exec"]
     assert argv[-3:] == [container.container_id, "bash", "--norc"]
     uid = int(argv[argv.index("-u") + 1].split(":")[0])
-    assert config["guest_uid_base"] + 2 * config["max_sessions"] <= uid < config["guest_uid_base"] + 128
+    assert config["guest_uid_base"] + 2 * config["max_sessions"] <= uid < config["guest_uid_base"] + UIDS_PER_SANDBOX
 
 
 def test_the_shell_starts_the_sandbox_where_it_does_not_run(

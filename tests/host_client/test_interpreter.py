@@ -527,6 +527,17 @@ def test_a_hanging_tool_does_not_keep_its_thread_from_the_next_execution(make: M
     release.set()
 
 
+def test_variables_that_cannot_fit_are_refused_before_anything_is_sent(make: Make) -> None:
+    settings = SandboxSettings(memory="64m", tmpfs="16m", journal=":memory:")
+    interpreter, _ = make(Step(value=1), Step(value=2), settings=settings)
+    half = "x" * (40 << 20)
+    assert interpreter.execute("1", {"half": half}) == 1
+    with pytest.raises(BadSetting, match=r"83,886,080 bytes do not fit.*67,108,864 bytes") as caught:
+        interpreter.execute("2", {"half": half, "other": "y" * (40 << 20)})
+    assert "RLM_SANDBOX_MEMORY" in str(caught.value)
+    assert interpreter.execute("2", {"half": half}) == 2
+
+
 # Interrupts and deaths.
 
 

@@ -32,7 +32,7 @@ class Client:
         self.answered = threading.Semaphore(0)
         self.on_claim: Callable[[], News] = lambda: News(Progress(execution_id="e1", running=False), ())
 
-    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Any]) -> None:
+    def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Any], *, claim: bool = False) -> None:
         self.answers.append(result)
         try:
             if self.refusals:

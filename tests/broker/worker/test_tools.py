@@ -374,12 +374,10 @@ def ask(i): results[i] = meet(i)
 threads = [threading.Thread(target=ask, args=(i,)) for i in range(1000)]
 for t in threads: t.start()
 for t in threads: t.join()
-import os
-results == [i * 2 for i in range(1000)], len(os.listdir('/proc/self/fd'))
+results == [i * 2 for i in range(1000)]
 """
-    complete, descriptors = worker.execute(code, tools=[tool("meet", "n")]).value
-    assert complete
-    assert descriptors < 30
+    assert worker.execute(code, tools=[tool("meet", "n")]).value is True
+    assert worker.execute("import os; len(os.listdir('/proc/self/fd'))").value < 30
 
 
 def test_calls_beyond_the_descriptor_limit_wait_instead_of_failing(worker: WorkerProcess, plane: GuestPlane) -> None:
