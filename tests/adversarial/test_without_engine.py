@@ -1,7 +1,7 @@
 """The same attacks on sandboxes without an engine: every family, one sandbox for as many attacks as it survives.
 
-What the broker alone answers for is the same code as in a container, so of these families one attack in five is made;
-and of the bombs, which take their time, one of each kind.
+What the broker alone answers for is the same code as in a container, so of these families one attack in eight is made;
+and of bombs and loops, which take their time, one of each kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.bubblewrap.sandboxes import make_ready
 pytestmark = [pytest.mark.docker, pytest.mark.provider("bubblewrap")]
 
 _THE_BROKERS = ("protocol", "lifecycle")
-_ONE_IN = 5
+_ONE_IN = 8
 #: Held here even by the weakened build: the pipe of the log is the keeper's, whom nothing inside is.
 _STRONGER = {"PID 1's error stream"}
 
@@ -34,8 +34,16 @@ def _cases(attacks: Iterable[Attack]) -> list[ParameterSet]:
     return [pytest.param(attack, id=attack.name, marks=pytest.mark.family(attack.family)) for attack in attacks]
 
 
+#: By what ends them: an interrupt, the end of the worker, the end of a process that runs no more.
+_LOOPS = {
+    "loop: in Python",
+    "loop: in C with the lock held",
+    "loop: interrupts ignored",
+    "loop: a process that stops itself",
+}
 #: The other bombs are of the same kinds: processes, memory.
 _AGAIN = {"bomb: forks", "bomb: memory of processes that were executed anew", "bomb: memory without a name"}
+_AGAIN |= {attack.name for attack in ALL if attack.name.startswith("loop:")} - _LOOPS
 _SAMPLE = [attack for attack in ALL if attack.family in _THE_BROKERS][::_ONE_IN]
 _REAL = [attack for attack in ALL if attack.family not in _THE_BROKERS and attack.name not in _AGAIN] + _SAMPLE
 _WEAK = [attack for attack in _REAL if attack.falls is not None and attack.name not in _STRONGER]
@@ -75,6 +83,7 @@ def bare_street(bare_arena: Arena) -> Iterator[Neighbourhood]:
 
 def test_the_sample_has_every_family_of_attacks_from_inside() -> None:
     assert {attack.family for attack in ALL} == {attack.family for attack in _REAL}
+    assert {attack.name for attack in _REAL} >= _LOOPS
     assert {attack.family for attack in NEIGHBOURS} == {attack.family for attack in _NEAR}
 
 
