@@ -20,6 +20,7 @@
     ├ CallGone              410  the call ended without this answer
     ├ LengthRequired        411
     ├ PayloadTooLarge       413
+    ├ FileMissing           424  the file that a frame announced did not come with it; as bytes it would
     ├ UpgradeRequired       426  the path speaks frames only
     ├ TooManySessions       429
     ├ TooManyCalls          429
@@ -97,6 +98,12 @@ class WrongMethod(BrokerError):
     """The path exists, but not for this method."""
 
     code, status = "method_not_allowed", 405
+
+
+class FileMissing(BrokerError):
+    """Descriptors do not get through here, as between kernels; nothing was done."""
+
+    code, status = "file_missing", 424
 
 
 class UpgradeRequired(BrokerError):

@@ -22,7 +22,7 @@ import gevent
 from gevent.event import Event
 
 from broker import host_requests
-from broker.errors import BadRequest, BrokerError, InternalError, UnknownRoute
+from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownRoute
 from broker.live_session import LiveSession
 from broker.logs import Log
 from broker.outbox import Outbox
@@ -227,6 +227,9 @@ class FramedConnection:
 
     def _handle_file(self, header: JsonObject) -> None:
         fds, self._fds = self._fds, []
+        if not fds:
+            self._answered(FileMissing("no descriptor came with a frame that announced a file"))
+            return
         try:
             file = BlobFile.received(fds, list(blob_lengths(header, max_bytes=limits.MAX_FRAME_BYTES)))
         except FrameError as error:

@@ -10,16 +10,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from broker.protocol import limits
-from broker.protocol.messages import ExecuteRequest, ExecutionResult, Outcome, OutputField
-from broker.protocol.values import DecodeError, Decoder, Encoder, ValueNotSendable
+from broker.protocol.messages import ExecuteRequest, Outcome, OutputField
+from broker.protocol.values import Encoder
 from host_client import checks, pool_registry
+from host_client.alone import Alone
 from host_client.artifacts import Artifact, Artifacts
 from host_client.aside import STEP_TIMEOUT_S, Aside
 from host_client.broker_client import News
 from host_client.budgets import Budget
-from host_client.dspy_compat import DspyContract, contract, observed
+from host_client.dspy_compat import contract, observed
 from host_client.endings import wait_for_endings
-from host_client.errors import BadSetting, MalformedReply, SandboxError, SessionBusy, SessionLost
+from host_client.errors import BadSetting, SandboxError, SessionLost
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions, settings_of
 from host_client.files import Link, SessionFiles
@@ -28,7 +29,7 @@ from host_client.journal import Journal
 from host_client.pool import SandboxPool
 from host_client.progress import Listener, reporting
 from host_client.providers.base import SandboxHandle, SandboxProvider
-from host_client.results import ExecutionRecord, deliver, lost_session
+from host_client.results import ExecutionRecord, deliver, lost_session, read_record
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
 from host_client.sandbox_tools import check_shipped
 from host_client.secret_values import Secrets
@@ -134,7 +135,7 @@ class SandboxInterpreter:
         self._artifacts_to = artifacts_to
         self.files = SessionFiles(_weakly(self))
         self._artifacts = Artifacts(self.files, artifacts_to)
-        self._alone = _Alone(self._dspy)
+        self._alone = Alone(self._dspy)
         # Held while a session is opened; whoever comes second finds it open.
         self._starting = threading.Lock()
         # Guards the four below, for moments only: _session is open, or None before start and after the end.
@@ -481,7 +482,7 @@ class SandboxInterpreter:
 
     def _follow(self, session: SandboxSession, calls: ToolCalls, run: Callable[[Execution], News]) -> ExecutionRecord:
         try:
-            record = session.masker.record(_record(run(Execution(session.client, session.session_id, calls))))
+            record = session.masker.record(read_record(run(Execution(session.client, session.session_id, calls))))
         except SandboxError as error:
             if calls.fatal is not None:
                 raise calls.fatal from None
@@ -564,64 +565,3 @@ def _weakly(interpreter: SandboxInterpreter) -> Callable[[], contextlib.Abstract
         return alive._linked()
 
     return linked
-
-
-class _Alone:
-    """Holds off every other execution of an interpreter, and lets errors leave as DSPy expects them."""
-
-    __slots__ = ("_dspy", "_executing")
-
-    def __init__(self, dspy: DspyContract) -> None:
-        self._dspy = dspy
-        # Held while an execution runs, and never waited for: a second one is refused.
-        self._executing = threading.Lock()
-
-    @property
-    def held(self) -> bool:
-        """Whether an execution runs."""
-        return self._executing.locked()
-
-    def __enter__(self) -> None:
-        if not self._executing.acquire(blocking=False):
-            raise self._dspy.terminal(
-                SessionBusy(
-                    "this interpreter is executing already",
-                    status=409,
-                    help="use another interpreter for code that runs inside a tool or in another thread",
-                )
-            )
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._executing.release()
-        if isinstance(error, (SandboxError, ValueNotSendable)):
-            raise self._dspy.terminal(_as_ours(error)) from error.__cause__
-
-
-def _as_ours(error: SandboxError | ValueNotSendable) -> SandboxError:
-    return error if isinstance(error, SandboxError) else BadSetting(f"variable {error}")
-
-
-def _record(news: News) -> ExecutionRecord:
-    """Read a result; everything in it counts as hostile.
-
-    Raises:
-        MalformedReply: A value that breaks the rules.
-    """
-    result = news.progress.result
-    assert isinstance(result, ExecutionResult)
-    try:
-        value = Decoder(news.blobs).decode(result.value)
-    except DecodeError as error:
-        raise MalformedReply(f"the result's value is malformed: {error}") from None
-    if result.outcome is Outcome.SUBMITTED and not (isinstance(value, dict) and all(type(k) is str for k in value)):
-        raise MalformedReply("what was submitted is not an object")
-    return ExecutionRecord(
-        outcome=result.outcome,
-        value=value,
-        display=result.display,
-        output=result.output,
-        discarded_output_bytes=result.discarded_output_bytes,
-        error=result.error,
-        session_lost=result.session_lost,
-        duration_s=result.duration_s,
-    )

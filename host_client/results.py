@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from broker.protocol.messages import ErrorInfo, Outcome
+from broker.protocol.messages import ErrorInfo, ExecutionResult, Outcome
+from broker.protocol.values import DecodeError, Decoder
+from host_client.broker_client import News
 from host_client.dspy_compat import DspyContract
-from host_client.errors import SessionLost
+from host_client.errors import MalformedReply, SessionLost
 
 _KEPT = {
     Outcome.TIMED_OUT: "It was stopped; the variables set so far were kept.",
@@ -134,3 +136,29 @@ def lost_session(record: ExecutionRecord) -> SessionLost:
     if record.text:
         message = f"{message}\n\nOutput before that:\n{record.text}"
     return SessionLost(message, reason=reason)
+
+
+def read_record(news: News) -> ExecutionRecord:
+    """Read a result; everything in it counts as hostile.
+
+    Raises:
+        MalformedReply: A value that breaks the rules.
+    """
+    result = news.progress.result
+    assert isinstance(result, ExecutionResult)
+    try:
+        value = Decoder(news.blobs).decode(result.value)
+    except DecodeError as error:
+        raise MalformedReply(f"the result's value is malformed: {error}") from None
+    if result.outcome is Outcome.SUBMITTED and not (isinstance(value, dict) and all(type(k) is str for k in value)):
+        raise MalformedReply("what was submitted is not an object")
+    return ExecutionRecord(
+        outcome=result.outcome,
+        value=value,
+        display=result.display,
+        output=result.output,
+        discarded_output_bytes=result.discarded_output_bytes,
+        error=result.error,
+        session_lost=result.session_lost,
+        duration_s=result.duration_s,
+    )

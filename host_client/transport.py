@@ -24,6 +24,7 @@ from host_client.http_wire import BadReply, ConnectionEnded, Exchange
 #: One for the thread that waits, and some for the threads that run tools.
 _MAX_IDLE_CONNECTIONS = 8
 _CONNECT_TIMEOUT_S = 5.0
+_FILE_MISSING = 424
 _SPOKEN = ("", frames.FRAMED_UPGRADE, frames.FILES_UPGRADE)
 
 
@@ -128,9 +129,9 @@ class UnixSocketTransport:
             else:
                 talk = partial(_over_http, method, path, _body(header, as_bytes(blobs)), max_reply_bytes)
             reply = self._talk(spoken, talk, timeout_s)
-            if reply is not None:
+            if reply is not None and not (file is not None and reply.status == _FILE_MISSING):
                 return reply
-            self._refused.add(spoken)  # a broker that does not speak that
+            self._refused.add(spoken)  # a broker that does not speak that, or a way on which descriptors get lost
             return self.request(
                 method,
                 path,

@@ -307,7 +307,8 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(box: InProcessBroker, s
     os.write(unsealed, b"x" * 100)
     fds = {"none": [], "two": [file.fd, file.fd], "unsealed": [unsealed], "pipe": [reading]}.get(kind, [file.fd])
     status, answer, _ = client.ask_with(fds, path, variable("x"), [200 if kind == "short" else 100])
-    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    expected = (424, "file_missing") if kind == "none" else (400, "bad_request")
+    assert (status, answer["error"]["code"]) == expected
     status, progress, _ = client.ask(path, execution(7, "1 + 1"))
     assert (status, progress["result"]["value"]) == (200, 2)
     for fd in (file.fd, unsealed, reading, writing):
