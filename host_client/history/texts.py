@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,24 +34,39 @@ def as_json(value: Any, mask: Mask) -> str:
     return text if len(text) <= MAX_JSON_CHARS else json.dumps(clipped(text, MAX_JSON_CHARS // 2), ensure_ascii=False)
 
 
-def bounded(value: Any, mask: Mask, depth: int = 0) -> Any:
-    """Return a value as what JSON has, its texts masked and bounded."""
+class _Room:
+    """How many characters of one value may still be kept: a list may hold one large text a thousand times."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = MAX_JSON_CHARS
+
+
+def bounded(value: Any, mask: Mask, depth: int = 0, room: _Room | None = None) -> Any:
+    """Return a value as what JSON has, its texts masked, each bounded and all of them together."""
+    room = room or _Room()
     if value is None or isinstance(value, (bool, int, float)):
         return (
             value
             if not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
             else f"<int of {value.bit_length()} bits>"
         )
+    if room.left <= 0:
+        return described(value)
     if isinstance(value, str):
-        return clipped(mask(value))
+        text = clipped(mask(value))
+        room.left -= len(text) + 1
+        return text
+    room.left -= 1
     if depth < _MAX_DEPTH:
         if isinstance(value, Mapping):
-            items = list(value.items())[:_MAX_ITEMS]
-            return {clipped(mask(str(key)), 1_000): bounded(item, mask, depth + 1) for key, item in items}
+            items = itertools.islice(value.items(), _MAX_ITEMS)
+            return {clipped(mask(str(key)), 1_000): bounded(item, mask, depth + 1, room) for key, item in items}
         if isinstance(value, (list, tuple, set, frozenset)):
-            return [bounded(item, mask, depth + 1) for item in list(value)[:_MAX_ITEMS]]
+            return [bounded(item, mask, depth + 1, room) for item in itertools.islice(value, _MAX_ITEMS)]
         if callable(dumped := getattr(value, "model_dump", None)) and not isinstance(value, type):
-            return bounded(dumped(), mask, depth + 1)
+            return bounded(dumped(), mask, depth + 1, room)
     return described(value)
 
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from host_client.history import (
 )
 from host_client.history.records import OVER_BUDGET, RUNNING, Row
 from host_client.history.runs import Run
-from host_client.history.texts import MAX_CHARS, as_json, clipped
+from host_client.history.texts import MAX_CHARS, MAX_JSON_CHARS, as_json, clipped
 from host_client.history.writer import HistoryWriter, writer_for
 from host_client.scripted_broker import Step
 
@@ -526,3 +527,15 @@ def test_whole_runs_of_a_killed_process_have_no_holes() -> None:
         run=a_run(), iterations=(), executions=(an_execution(1),), calls=(a_call(1, answer_chars=9),), nested=()
     )
     assert any("llm_query" in line for line in view.run_lines(whole, 100, full=False))
+
+
+def test_one_large_text_a_thousand_times_is_not_kept_a_thousand_times() -> None:
+    text = "x" * 1_000_000
+    value = [text] * 1_000 + [{"k": [text] * 1_000}] * 100
+    tracemalloc.start()
+    kept = as_json(value, lambda unmasked: unmasked)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept) < 2 * MAX_JSON_CHARS
+    assert peak < 16 << 20
+    assert "str, 1,000,000 characters" in kept
