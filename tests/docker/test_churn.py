@@ -48,10 +48,11 @@ def test_two_hundred_sandboxes_leave_nothing_behind(
         with interpreter:
             assert interpreter.execute(f"twice({number})") == 2 * number
             assert interpreter.sandbox_handle is not None
-            ids.append(interpreter.sandbox_handle.sandbox_id)
+            mine = interpreter.sandbox_handle.sandbox_id
+            ids.append(mine)
             if number % KILLED == 0:
                 with killing:
-                    engine.kill(ids[-1])
+                    engine.kill(mine)
                 with pytest.raises(SessionLost, match="killed"):
                     interpreter.execute("1")
 
