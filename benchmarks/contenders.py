@@ -24,7 +24,7 @@ LACKS = {
     "pandas": "it has no pandas",
 }
 # For the cost curves: three times a 1 GiB context and its copies, and as much printed as they ask for.
-_ROOMY: dict[str, Any] = {"memory": 6 << 30, "max_output_bytes": 32 << 20, "tmpfs": 2 << 30}
+_ROOMY: dict[str, Any] = {"memory": 6 << 30, "max_output_bytes": 8 << 20, "tmpfs": 2 << 30}
 
 
 class Contender:
