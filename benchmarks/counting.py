@@ -54,7 +54,8 @@ def count() -> Counts:
     from host_client.providers.fake import FakeProvider
 
     counter = Counter("host")
-    settings = SandboxSettings(journal=":memory:")
+    # Without the history, whose thread writes what it has gathered at a moment of its own: in one count or in another.
+    settings = SandboxSettings(journal=":memory:", history=False)
     # Read by the supervisor that is started below, whose forks the workers are.
     os.environ["PYTHONPATH"] = f"{_WORKER_SIDE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with counter.counting(), InProcessBroker() as broker:

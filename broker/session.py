@@ -44,7 +44,7 @@ class Worker(Protocol):
     """What a session asks of its worker. Nothing here waits."""
 
     def execute(self, header: JsonObject, blobs: Blobs, *, max_output_bytes: int) -> None:
-        """Send an execute frame with a fresh output pipe."""
+        """Send an execute frame; what the execution prints is kept apart from what came before."""
 
     def interrupt(self) -> None:
         """Send SIGINT; ``Session.interrupt_delivered`` is called once it was sent."""

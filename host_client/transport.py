@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
 from host_client.errors import BrokerUnreachable, MalformedReply
 from host_client.http_wire import BadReply, ConnectionEnded, Exchange
+
+log = logging.getLogger(__name__)
 
 #: One for the thread that waits, and some for the threads that run tools.
 _MAX_IDLE_CONNECTIONS = 8
@@ -119,13 +122,13 @@ class UnixSocketTransport:
         on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
-        spoken = self._spoken(framed, blobs)
-        file = BlobFile.of(blobs) if spoken == frames.FILES_UPGRADE else None
+        spoken, file = self._spoken(framed, blobs), None
+        if spoken == frames.FILES_UPGRADE and (file := _file_of(blobs)) is None:
+            spoken = frames.FRAMED_UPGRADE
         try:
             if spoken:
-                talk = partial(
-                    _in_frames, f"{method} {path}", header or {}, file or as_bytes(blobs), max_reply_bytes, on_more
-                )
+                sent = as_bytes(blobs) if file is None else file
+                talk = partial(_in_frames, f"{method} {path}", header or {}, sent, max_reply_bytes, on_more)
             else:
                 talk = partial(_over_http, method, path, _body(header, as_bytes(blobs)), max_reply_bytes)
             reply = self._talk(spoken, talk, timeout_s)
@@ -213,6 +216,15 @@ class UnixSocketTransport:
                 self._idle[spoken].append(connection)
                 return
         connection.close()
+
+
+def _file_of(blobs: Sequence[Blob | str]) -> BlobFile | None:
+    """Return the blobs in a file, or None where none can be had now: the bytes themselves get through all the same."""
+    try:
+        return BlobFile.of(blobs)
+    except OSError as error:
+        log.debug("no memory file for %d blobs: %s", len(blobs), error)
+        return None
 
 
 def _close_all(connections: Mapping[str, Sequence[Exchange]]) -> None:

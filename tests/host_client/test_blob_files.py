@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from broker.protocol import blob_file
 from broker.protocol.blob_file import BlobFile
 from broker.protocol.frames import FILES_UPGRADE
 from broker.testing import InProcessBroker
@@ -90,3 +92,13 @@ def test_without_memory_files_they_arrive_as_bytes(
     with SandboxInterpreter(provider=interpreter._provider, settings=settings) as other:
         assert other.execute(CODE, {"values": VALUES}) == EXPECTED
     assert files == []
+
+
+def test_where_no_file_can_be_had_they_arrive_as_bytes(
+    interpreter: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(blob_file.os, "memfd_create", refuse)
+    assert interpreter.execute(CODE, {"values": VALUES}) == EXPECTED
