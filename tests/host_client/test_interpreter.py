@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextlib
 import contextvars
 import copy
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -543,7 +544,7 @@ def test_variables_that_cannot_fit_are_refused_before_anything_is_sent(make: Mak
 
 def test_ctrl_c_stops_the_execution_and_keeps_the_session(make: Make) -> None:
     def press(execution: ScriptedExecution) -> Step:
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)  # a real one: _thread.interrupt_main() does not wake a main thread that waits
         return Step(never_ends=True)
 
     interpreter, broker = make(press, Step(value=1))
