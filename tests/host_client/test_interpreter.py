@@ -544,7 +544,8 @@ def test_variables_that_cannot_fit_are_refused_before_anything_is_sent(make: Mak
 
 def test_ctrl_c_stops_the_execution_and_keeps_the_session(make: Make) -> None:
     def press(execution: ScriptedExecution) -> Step:
-        os.kill(os.getpid(), signal.SIGINT)  # a real one: _thread.interrupt_main() does not wake a main thread that waits
+        # A real one: _thread.interrupt_main() does not wake a main thread that waits.
+        os.kill(os.getpid(), signal.SIGINT)
         return Step(never_ends=True)
 
     interpreter, broker = make(press, Step(value=1))
