@@ -22,6 +22,7 @@ from host_client.errors import CallGone, Fenced, JournalNewer, JournalUnusable, 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+#: In the place of a path: ``memory_journal``.
 MEMORY = ":memory:"
 
 #: Records older than this are of no use to anybody: no session lives so long without a host.
@@ -189,7 +190,7 @@ class SqliteJournal:
     Changes that arrive while another one is written to the disk are written together with the next flush.
 
     Args:
-        path: The file, or ``:memory:`` for one that ends with the process.
+        path: The file.
         clock: Wall-clock seconds.
 
     Raises:
@@ -282,9 +283,9 @@ class SqliteJournal:
             self._prune()
 
     def close(self) -> None:
-        """See ``Journal.close``. One in memory stays as it is: closing would forget it."""
+        """See ``Journal.close``."""
         with self._writing:
-            if self._connection is None or self._pid != os.getpid() or self.path == MEMORY:
+            if self._connection is None or self._pid != os.getpid():
                 return
             with contextlib.suppress(JournalUnusable):
                 self._write(lambda db: None, durable=False)
@@ -336,7 +337,7 @@ class SqliteJournal:
 
     def _flush_commits(self, db: sqlite3.Connection, durable: bool) -> None:
         """Choose whether the next commit reaches the disk, or the file only."""
-        if durable != self._flushes and self.path != MEMORY:
+        if durable != self._flushes:
             db.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._flushes = durable
 
@@ -480,8 +481,6 @@ def _write_ahead(db: sqlite3.Connection) -> None:
 
 
 def _make_folder(path: str) -> None:
-    if path == MEMORY:
-        return
     folder = Path(path).parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Results of tools are nobody else's business. SQLite gives its side files the mode of the main one.

@@ -25,8 +25,9 @@ from host_client.errors import (
     SandboxError,
     SessionLost,
 )
-from host_client.journal import Holder, Journal, SqliteJournal, default_path
+from host_client.journal import MEMORY, Holder, Journal, SqliteJournal, default_path
 from host_client.masking import Masker
+from host_client.memory_journal import MemoryJournal
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
 from host_client.tool_threads import ToolThreads
@@ -337,6 +338,8 @@ def open_journal(settings: SandboxSettings) -> Journal:
     Raises:
         JournalNewer, JournalUnusable: It cannot be used; nothing was started.
     """
+    if settings.journal == MEMORY:
+        return MemoryJournal()
     return SqliteJournal(default_path() if settings.journal is None else settings.journal)
 
 

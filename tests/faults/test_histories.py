@@ -31,7 +31,8 @@ from broker.tool_calls import TERMINAL, ToolCall
 from host_client.attaching import settle
 from host_client.call_recorder import CallRecorder, RunningRecord
 from host_client.errors import CallGone, Fenced, JournalUnusable, LeaseExpired, SandboxError
-from host_client.journal import CallRecord, Holder, SqliteJournal
+from host_client.journal import CallRecord, Holder
+from host_client.memory_journal import MemoryJournal
 
 HISTORIES = 2_000
 LEASE_S = 60.0
@@ -53,12 +54,12 @@ class NoWorker:
         pass
 
 
-class FailingJournal(SqliteJournal):
+class FailingJournal(MemoryJournal):
     """Refuses to write while the test says so, and notes which outcomes it has ever held."""
 
     def __init__(self, clock: FakeClock, held: set[tuple[str, int]]) -> None:
         self.broken, self.held = False, held
-        super().__init__(":memory:", clock=clock)
+        super().__init__(clock=clock)
 
     def intend(self, holder: Holder, call: CallRecord) -> None:
         self._check()

@@ -18,6 +18,7 @@ from host_client import SandboxInterpreter, SandboxSettings, journal, tool
 from host_client.calls_view import calls
 from host_client.errors import CallGone, Fenced, JournalNewer, JournalUnusable
 from host_client.journal import CallKey, CallRecord, Holder, SqliteJournal, default_path
+from host_client.memory_journal import MemoryJournal
 from host_client.providers.fake import FakeProvider
 from tests.faults.seams import count, counting
 
@@ -55,6 +56,13 @@ def kept(path: Path, clock: FakeClock) -> SqliteJournal:
     return made
 
 
+@pytest.fixture(params=["file", "memory"])
+def either(request: pytest.FixtureRequest, path: Path, clock: FakeClock) -> SqliteJournal | MemoryJournal:
+    made = SqliteJournal(path, clock=clock) if request.param == "file" else MemoryJournal(clock=clock)
+    made.hold(HOLDER)
+    return made
+
+
 def later(epoch: int) -> Holder:
     return dataclasses.replace(HOLDER, epoch=epoch)
 
@@ -67,83 +75,91 @@ def test_an_outcome_outlasts_the_process_that_wrote_it(kept: SqliteJournal, path
     assert (found.state, found.outcome, found.delivered) == ("done", b"result", False)
 
 
-def test_a_replaced_holder_cannot_record_an_intent(kept: SqliteJournal) -> None:
-    assert kept.hold(later(2)) is True
+def test_a_replaced_holder_cannot_record_an_intent(either: SqliteJournal | MemoryJournal) -> None:
+    assert either.hold(later(2)) is True
     with pytest.raises(Fenced):
-        kept.intend(HOLDER, record())
-    assert kept.find(CallKey("b", "c", 1)) is None
+        either.intend(HOLDER, record())
+    assert either.find(CallKey("b", "c", 1)) is None
 
 
 @pytest.mark.parametrize("state", ["started", "done", "failed", "unknown"])
-def test_a_call_that_started_cannot_start_again(kept: SqliteJournal, state: str) -> None:
-    kept.intend(HOLDER, record())
-    kept.conclude(record(state=state))
+def test_a_call_that_started_cannot_start_again(either: SqliteJournal | MemoryJournal, state: str) -> None:
+    either.intend(HOLDER, record())
+    either.conclude(record(state=state))
     for attempt in (1, 2):
         with pytest.raises(CallGone):
-            kept.intend(HOLDER, record(attempt=attempt))
+            either.intend(HOLDER, record(attempt=attempt))
 
 
-def test_a_call_that_was_requeued_may_start_again(kept: SqliteJournal) -> None:
-    kept.intend(HOLDER, record())
-    kept.resolve(CallKey("b", "c", 1), journal.REQUEUED)
-    kept.intend(HOLDER, record(attempt=2))
+def test_a_call_that_was_requeued_may_start_again(either: SqliteJournal | MemoryJournal) -> None:
+    either.intend(HOLDER, record())
+    either.resolve(CallKey("b", "c", 1), journal.REQUEUED)
+    either.intend(HOLDER, record(attempt=2))
 
 
-def test_ids_of_one_sandbox_touch_no_other(kept: SqliteJournal) -> None:
-    kept.intend(HOLDER, record())
+def test_ids_of_one_sandbox_touch_no_other(either: SqliteJournal | MemoryJournal) -> None:
+    either.intend(HOLDER, record())
     other = dataclasses.replace(HOLDER, sandbox_id="other")
-    kept.intend(other, record(sandbox_id="other"))
-    kept.conclude(record(sandbox_id="other", state="done"))
-    found = kept.find(CallKey("b", "c", 1))
+    either.intend(other, record(sandbox_id="other"))
+    either.conclude(record(sandbox_id="other", state="done"))
+    found = either.find(CallKey("b", "c", 1))
     assert found is not None
     assert found.state == "started"
 
 
-def test_a_session_held_elsewhere_meanwhile_is_not_completely_known(kept: SqliteJournal) -> None:
-    assert kept.hold(later(3)) is False
+def test_a_session_held_elsewhere_meanwhile_is_not_completely_known(either: SqliteJournal | MemoryJournal) -> None:
+    assert either.hold(later(3)) is False
 
 
-def test_forgetting_a_beginning_makes_its_session_incomplete(kept: SqliteJournal, clock: FakeClock) -> None:
-    kept.intend(HOLDER, record())
+def test_forgetting_a_beginning_makes_its_session_incomplete(
+    either: SqliteJournal | MemoryJournal, clock: FakeClock
+) -> None:
+    either.intend(HOLDER, record())
     clock.advance(journal.MAX_AGE_S - 10)
-    kept.hold(later(2))
+    either.hold(later(2))
     clock.advance(20)
-    kept.prune()
-    assert kept.find(CallKey("b", "c", 1)) is None
-    assert kept.hold(later(3)) is False
+    either.prune()
+    assert either.find(CallKey("b", "c", 1)) is None
+    assert either.hold(later(3)) is False
 
 
-def test_a_clock_that_jumps_forgets_but_never_lets_a_tool_run_again(kept: SqliteJournal, clock: FakeClock) -> None:
-    kept.intend(HOLDER, record())
+def test_a_clock_that_jumps_forgets_but_never_lets_a_tool_run_again(
+    either: SqliteJournal | MemoryJournal, clock: FakeClock
+) -> None:
+    either.intend(HOLDER, record())
     clock.advance(1e9)
-    kept.prune()
+    either.prune()
     clock.advance(-2e9)
-    kept.prune()
-    assert kept.hold(later(2)) is False
+    either.prune()
+    assert either.hold(later(2)) is False
 
 
-def test_results_are_bounded_together_the_oldest_go_first(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_bounded_together_the_oldest_go_first(
+    either: SqliteJournal | MemoryJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(journal, "MAX_BYTES", 2500)
     for number in range(4):
-        kept.conclude(record(f"c{number}", state="done", outcome=b"x" * 1000, started_at=1000.0 + number))
-    kept.prune()
-    found = [kept.find(CallKey("b", f"c{number}", 1)) for number in range(4)]
+        either.conclude(record(f"c{number}", state="done", outcome=b"x" * 1000, started_at=1000.0 + number))
+    either.prune()
+    found = [either.find(CallKey("b", f"c{number}", 1)) for number in range(4)]
     assert [each is not None and each.outcome is not None for each in found] == [False, False, True, True]
     assert all(each is not None and each.state == "done" for each in found)
 
 
-def test_calls_are_bounded_in_number(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_bounded_in_number(either: SqliteJournal | MemoryJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_CALLS", 3)
     for number in range(10):
-        kept.conclude(record(f"c{number}", state="done", started_at=1000.0 + number))
-    kept.prune()
-    assert [each.call_id for each in kept.calls(99)] == ["c7", "c8", "c9"]
+        either.conclude(record(f"c{number}", state="done", started_at=1000.0 + number))
+    either.prune()
+    assert [each.call_id for each in either.calls(99)] == ["c7", "c8", "c9"]
 
 
-def test_a_result_that_is_too_large_is_not_kept(kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_too_large_is_not_kept(
+    either: SqliteJournal | MemoryJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(journal, "MAX_OUTCOME_BYTES", 10)
-    kept.conclude(record(state="done", outcome=b"x" * 11))
-    found = kept.find(CallKey("b", "c", 1))
+    either.conclude(record(state="done", outcome=b"x" * 11))
+    found = either.find(CallKey("b", "c", 1))
     assert found is not None
     assert (found.state, found.outcome) == ("done", None)
 
@@ -202,6 +218,36 @@ def test_a_forked_child_opens_a_connection_of_its_own(kept: SqliteJournal) -> No
 def test_only_its_user_can_read_it(kept: SqliteJournal, path: Path) -> None:
     kept.conclude(record(state="done", outcome=b"private"))
     assert {file.stat().st_mode & 0o077 for file in [*path.parent.iterdir(), path.parent]} == {0}
+
+
+def test_a_journal_in_memory_is_a_forked_childs_own_and_hands_out_copies(clock: FakeClock) -> None:
+    made = MemoryJournal(clock=clock)
+    made.hold(HOLDER)
+    mine = record()
+    made.intend(HOLDER, mine)
+    mine.state = "done"
+    found = made.find(mine.key)
+    assert found is not None
+    assert found.state == "started"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            made.intend(HOLDER, record())  # the parent's start is not this process'
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_journal_in_memory_notes_what_was_delivered(clock: FakeClock) -> None:
+    made = MemoryJournal(clock=clock)
+    made.conclude(record(state="done", outcome=b"result"))
+    made.delivered(CallKey("b", "c", 1))
+    made.close()
+    [found] = made.calls(9)
+    assert (found.state, found.delivered) == ("done", True)
+    assert made.find(CallKey("b", "c", 2)) is None
 
 
 # What cannot be used is said before anything starts.

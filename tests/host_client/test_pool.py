@@ -26,7 +26,7 @@ from host_client.errors import (
     SessionLost,
     UnknownPool,
 )
-from host_client.journal import SqliteJournal
+from host_client.memory_journal import MemoryJournal
 from host_client.scripted_steps import Step
 from tests.host_client.pool_fixtures import SETTINGS, WAIT_S, Sandboxes, make, nothing_left, sandboxes
 
@@ -443,7 +443,7 @@ def test_what_is_the_pool_s_cannot_be_set_for_one_interpreter(sandboxes: Sandbox
     values: dict[str, Any] = {"settings": SandboxSettings(memory="2g"), "secrets": ["A_TOKEN"], "provider": sandboxes}
     with pytest.raises(BadSetting, match=keyword):
         pool.factory(**{keyword: values.get(keyword, "x")})
-    given = {keyword: SqliteJournal(":memory:") if keyword == "journal" else values.get(keyword, "x")}
+    given = {keyword: MemoryJournal() if keyword == "journal" else values.get(keyword, "x")}
     with pytest.raises(BadSetting, match=keyword):
         SandboxInterpreter(pool=pool, **given)
 

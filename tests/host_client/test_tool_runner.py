@@ -14,7 +14,8 @@ from broker.protocol.messages import Claim, ClaimRequest, ErrorInfo, Progress, T
 from host_client.broker_client import News
 from host_client.call_recorder import CallRecorder
 from host_client.errors import BrokerError, BrokerUnreachable, CallGone, LeaseExpired, SandboxError
-from host_client.journal import Holder, SqliteJournal
+from host_client.journal import Holder
+from host_client.memory_journal import MemoryJournal
 from host_client.tool_runner import POLL_S, ToolCalls, public_error
 from host_client.tool_threads import ToolThreads
 
@@ -70,7 +71,7 @@ def _calls(client: Client, tool: Callable[..., Any], slots: int = 4) -> ToolCall
         invoke=lambda name, args, kwargs: tool(*args, **kwargs),
         threads=ToolThreads(),
         slots=slots,
-        recorder=CallRecorder(SqliteJournal(":memory:"), Holder(sandbox_id="b1", session_id="s1", epoch=1)),
+        recorder=CallRecorder(MemoryJournal(), Holder(sandbox_id="b1", session_id="s1", epoch=1)),
     )
 
 
