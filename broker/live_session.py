@@ -155,8 +155,10 @@ class LiveSession:
         return self.wait_for_end(execution, 0.0)
 
     def finish_call(self, call_id: str, answer: ToolResult, blobs: Sequence[Blob], size: int) -> ToolCall:
-        """Store the host's answer to a claim."""
-        return self.core.tool_calls.finish(call_id, answer, blobs, size=size)
+        """Store the host's answer to a claim, and give it to generated code before the host is told that it is stored."""
+        call = self.core.tool_calls.finish(call_id, answer, blobs, size=size)
+        self._room.answer_now(call_id)
+        return call
 
     def claim_one(self, still_there: Callable[[], bool]) -> WithBlobs | None:
         """Claim the next call for whoever has just answered one, if there is any; it counts as started."""

@@ -80,6 +80,11 @@ class WaitingRoom:
                 gevent.get_hub().loop.run_callback(self._answer_rung)
             self._rung.append(key)
 
+    def answer_now(self, key: Hashable) -> None:
+        """Let those who wait for this look at once: for who is told before anything else happens."""
+        for waiter in list(self._waiting.get(key, ())):
+            self._look(waiter, time_is_up=False)
+
     def close(self) -> None:
         """Answer everybody who waits, as if the time were up."""
         self._alarm.close()
@@ -89,8 +94,7 @@ class WaitingRoom:
     def _answer_rung(self) -> None:
         rung, self._rung = self._rung, []
         for key in dict.fromkeys(rung):
-            for waiter in list(self._waiting.get(key, ())):
-                self._look(waiter, time_is_up=False)
+            self.answer_now(key)
 
     def _look(self, waiter: Waiter, *, time_is_up: bool) -> None:
         if waiter.look(time_is_up):

@@ -57,7 +57,7 @@ class MemoryJournal:
                 raise _fenced(holder)
             if (call.sandbox_id, call.call_id) in self._begun:
                 raise CallGone(f"the call {call.call_id} was started before", status=410)
-            self._put(call)
+            self._put(dataclasses.replace(call))  # the caller goes on with its own
 
     def conclude(self, call: CallRecord) -> None:
         """See ``Journal.conclude``."""
@@ -104,12 +104,12 @@ class MemoryJournal:
         """See ``Journal.close``. Nothing is written, and nothing forgotten."""
 
     def _put(self, call: CallRecord) -> None:
-        """Keep a copy: the caller goes on with its own."""
-        before = self._calls.get(call.key)
+        key = call.key
+        before = self._calls.get(key)
         if before is not None:
             self._count(before, -1)
-        self._calls[call.key] = kept = dataclasses.replace(call)
-        self._count(kept, 1)
+        self._calls[key] = call
+        self._count(call, 1)
         self._recorded += 1
         if self._recorded % _PRUNE_EVERY == 0:
             self._prune()
