@@ -39,6 +39,8 @@ JsonObject = dict[str, Any]
 _READ_BYTES = 64 << 10
 _MOST_READ_BYTES = 4 << 20
 _READABLE = 1
+#: Served in one turn of the event loop; whoever sends more in a row is not the only one served.
+_MOST_FRAMES = 32
 #: Descriptors taken with one read; a frame has one.
 _MOST_FDS = 4
 
@@ -163,6 +165,7 @@ class FramedConnection:
         self._answering = False
         self._cancel: Cancel | None = None
         self._last = False
+        self._held_back: list[Blob] | None = None
         self._ended = Event()
 
     def serve(self) -> None:
@@ -187,7 +190,7 @@ class FramedConnection:
             self._end()
             return
         self._frames.add(data)
-        self._take_frame()
+        self._take_frames()
 
     def _receive(self, size: int) -> bytes:
         if not self._files:
@@ -209,21 +212,34 @@ class FramedConnection:
         else:
             self._watcher.stop()  # it sends ahead; that can wait
 
-    def _take_frame(self) -> None:
+    def _take_frames(self) -> None:
+        """Serve requests that came together, and send those answers together that are there at once."""
+        held: list[Blob] = []
+        self._held_back = held
+        for _ in range(_MOST_FRAMES):
+            if not self._take_frame() or self._answering or self._last or not self._frames.started:
+                break
+        self._held_back = None
+        if held and not self._ended.is_set():
+            self._post(held)
+
+    def _take_frame(self) -> bool:
+        """Serve the next request; tell whether there was one."""
         try:
             frame = self._frames.next()
         except FrameError as error:
             self._last = True
             self._send(*_failed(BadRequest(f"malformed frame: {error}")))
-            return
+            return True
         if frame is None:
-            return
+            return False
         self._answering = True
         header, blobs = frame
         if header.get("file") is True and self._files:
             self._handle_file(header)
         else:
             self._handle(header, blobs)
+        return True
 
     def _handle_file(self, header: JsonObject) -> None:
         fds, self._fds = self._fds, []
@@ -273,8 +289,15 @@ class FramedConnection:
         self._send(*reply)
 
     def _send(self, status: int, body: JsonObject, blobs: Sequence[Blob]) -> None:
+        pieces = dump_frame({"status": status, "body": body}, blobs)
+        if self._held_back is None:
+            self._post(pieces)
+        else:
+            self._held_back += pieces
+
+    def _post(self, pieces: Sequence[Blob]) -> None:
         try:
-            self._outbox.send(dump_frame({"status": status, "body": body}, blobs))
+            self._outbox.send(pieces)
         except OSError:
             self._end()
             return
@@ -293,7 +316,7 @@ class FramedConnection:
 
     def _take_next(self) -> None:
         if not (self._answering or self._outbox.full or self._ended.is_set()):
-            self._take_frame()
+            self._take_frames()
 
     def _end(self) -> None:
         self._watcher.stop()

@@ -155,7 +155,7 @@ class LiveSession:
         return self.wait_for_end(execution, 0.0)
 
     def finish_call(self, call_id: str, answer: ToolResult, blobs: Sequence[Blob], size: int) -> ToolCall:
-        """Store the host's answer to a claim, and give it to generated code before the host is told that it is stored."""
+        """Store the host's answer to a claim; generated code has it before the host is told so."""
         call = self.core.tool_calls.finish(call_id, answer, blobs, size=size)
         self._room.answer_now(call_id)
         return call

@@ -274,7 +274,9 @@ class HttpBrokerClient:
         path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/result")
         path = f"{path}&claim=1" if claim else path
         reply = _checked(
-            self._transport.request("POST", path, result.to_json(), blobs, timeout_s=timeout_s, framed=True)
+            self._transport.request(
+                "POST", path, result.to_json(), blobs, timeout_s=timeout_s, framed=True, together=True
+            )
         )
         if not reply.header.get("claims"):
             return None

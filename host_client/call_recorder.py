@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.protocol.frames import Blob, dump_frame, load_frame
 from broker.protocol.messages import Claim, ToolResult
+from host_client.errors import CallGone
 from host_client.journal import DONE, FAILED, MAX_OUTCOME_BYTES, CallRecord, Holder, Journal
 from host_client.masking import NOTHING_TO_MASK, Masker
+
+#: A claim that arrives twice does so soon; 20,000 starts take 3 MB.
+_REMEMBERED_STARTS = 20_000
 
 
 class CallRecorder:
@@ -35,6 +41,9 @@ class CallRecorder:
         self._journal, self._holder, self._masker = journal, holder, masker
         self._clock, self._stopwatch = clock, stopwatch
         self._closed = False
+        # What this turn has started, newest last: the journal may forget it (the clock was set), this process does not.
+        self._begun: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the journal, now and after each tool that goes on although its session has ended. Idempotent."""
@@ -58,6 +67,7 @@ class CallRecorder:
             started_at=self._clock(),
         )
         if not idempotent:
+            self._check_new((claim.call_id, claim.attempt))
             self._journal.intend(self._holder, record)
         return RunningRecord(self, record)
 
@@ -74,6 +84,14 @@ class CallRecorder:
     def delivered(self, record: CallRecord) -> None:
         """Note that the broker has an outcome."""
         self._journal.delivered(record.key)
+
+    def _check_new(self, attempt: tuple[str, int]) -> None:
+        with self._lock:
+            if attempt in self._begun:
+                raise CallGone(f"attempt {attempt[1]} at the call {attempt[0]} was started before", status=410)
+            self._begun[attempt] = None
+            if len(self._begun) > _REMEMBERED_STARTS:
+                self._begun.popitem(last=False)
 
     def now_s(self) -> float:
         """Return monotonic seconds."""

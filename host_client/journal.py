@@ -32,6 +32,7 @@ MAX_BYTES = 256 << 20
 #: A result larger than this is not kept: after a crash its call ends as unknown.
 MAX_OUTCOME_BYTES = 16 << 20
 MAX_CALLS = 50_000
+MAX_SESSIONS = 50_000
 #: Commits between two prunings.
 _PRUNE_EVERY = 1_000
 #: How long another process may hold the file.
@@ -355,7 +356,9 @@ class SqliteJournal:
         db = self._open()
         with _transaction(db):
             old = self._clock() - MAX_AGE_S
-            db.execute("DELETE FROM sessions WHERE held_at < ?", (old,))
+            # Not by age: while a row is there, a clock that was set cannot let an older holder in again.
+            oldest = "SELECT held_at FROM sessions ORDER BY held_at DESC LIMIT 1 OFFSET ?"
+            db.execute(f"DELETE FROM sessions WHERE held_at <= ({oldest})", (MAX_SESSIONS,))  # noqa: S608
             count = db.execute("SELECT count(*) FROM calls").fetchone()[0]
             if count > MAX_CALLS:
                 row = "SELECT started_at FROM calls ORDER BY started_at DESC LIMIT 1 OFFSET ?"

@@ -57,7 +57,7 @@ class MemoryJournal:
                 raise _fenced(holder)
             if (call.sandbox_id, call.call_id) in self._begun:
                 raise CallGone(f"the call {call.call_id} was started before", status=410)
-            self._put(dataclasses.replace(call))  # the caller goes on with its own
+            self._put(call)
 
     def conclude(self, call: CallRecord) -> None:
         """See ``Journal.conclude``."""
@@ -104,12 +104,13 @@ class MemoryJournal:
         """See ``Journal.close``. Nothing is written, and nothing forgotten."""
 
     def _put(self, call: CallRecord) -> None:
+        """Keep a copy: the caller goes on with its own, which may change without being recorded."""
         key = call.key
         before = self._calls.get(key)
         if before is not None:
             self._count(before, -1)
-        self._calls[key] = call
-        self._count(call, 1)
+        self._calls[key] = kept = dataclasses.replace(call)
+        self._count(kept, 1)
         self._recorded += 1
         if self._recorded % _PRUNE_EVERY == 0:
             self._prune()
@@ -128,7 +129,8 @@ class MemoryJournal:
         """As in the file: where a call's beginning is forgotten, its session counts as incomplete."""
         by_age = sorted(self._calls.values(), key=lambda each: each.started_at)
         old = self._clock() - journal.MAX_AGE_S
-        self._holders = {who: held for who, held in self._holders.items() if held[2] >= old}
+        for who in sorted(self._holders, key=lambda each: self._holders[each][2])[: -journal.MAX_SESSIONS]:
+            del self._holders[who]
         if len(by_age) > journal.MAX_CALLS:
             old = max(old, by_age[-journal.MAX_CALLS - 1].started_at)
         held_bytes = 0

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from broker.protocol import fast_json, frames, limits
 from broker.protocol.blob_file import AVAILABLE as BLOB_FILES
@@ -21,6 +21,7 @@ from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
 from host_client.errors import BrokerUnreachable, MalformedReply
 from host_client.http_wire import BadReply, ConnectionEnded, Exchange
+from host_client.together import SMALL_BYTES, Together
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ class Reply(NamedTuple):
     blobs: list[memoryview]
 
 
-#: Sends one request and reads its reply; also tells whether the connection can be used again.
-Talk = Callable[[Exchange], tuple[Reply, bool]]
+Answer = TypeVar("Answer")
+#: Sends a request and reads its reply; also tells whether the connection can be used again.
+Talk = Callable[[Exchange], tuple[Answer, bool]]
 
 
 class BrokerTimeout(BrokerUnreachable):
@@ -66,6 +68,7 @@ class Transport(Protocol):
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
         framed: bool = False,
+        together: bool = False,
         on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """Send one request and return the reply, whatever its status.
@@ -79,6 +82,7 @@ class Transport(Protocol):
             max_reply_bytes: Largest body taken.
             framed: The broker serves this request in frames too, which costs less where the transport can; its blobs
                 may also be ASCII texts.
+            together: It may wait for, and travel with, those of other threads; for requests that are answered at once.
             on_more: Takes each reply that says that another one follows (``"more": true``).
 
         Raises:
@@ -108,6 +112,7 @@ class UnixSocketTransport:
         self._refused: set[str] = set() if BLOB_FILES else {frames.FILES_UPGRADE}
         self._pid = os.getpid()
         self._closed = False
+        self._together = Together(self._exchange_all)
 
     def request(
         self,
@@ -119,6 +124,7 @@ class UnixSocketTransport:
         timeout_s: float,
         max_reply_bytes: int = limits.MAX_TOOL_CALL_BYTES,
         framed: bool = False,
+        together: bool = False,
         on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
@@ -126,6 +132,11 @@ class UnixSocketTransport:
         if spoken == frames.FILES_UPGRADE and (file := _file_of(blobs)) is None:
             spoken = frames.FRAMED_UPGRADE
         try:
+            if together and spoken and not blobs:
+                message = b"".join(frames.dump_frame({"request": f"{method} {path}", "body": header or {}}))
+                reply = self._together.send(message, timeout_s) if len(message) <= SMALL_BYTES else None
+                if reply is not None:
+                    return reply
             if spoken:
                 sent = as_bytes(blobs) if file is None else file
                 talk = partial(_in_frames, f"{method} {path}", header or {}, sent, max_reply_bytes, on_more)
@@ -168,7 +179,11 @@ class UnixSocketTransport:
         large = bool(blobs) and sum(map(len, blobs)) >= FILE_WORTH_BYTES
         return frames.FILES_UPGRADE if large and frames.FILES_UPGRADE not in self._refused else frames.FRAMED_UPGRADE
 
-    def _talk(self, spoken: str, talk: Talk, timeout_s: float) -> Reply | None:
+    def _exchange_all(self, messages: Sequence[bytes], timeout_s: float) -> list[Reply] | None:
+        """Send small framed requests at once; return their replies in order, None where the broker speaks no frames."""
+        return self._talk(frames.FRAMED_UPGRADE, partial(_all_in_frames, messages), timeout_s)
+
+    def _talk(self, spoken: str, talk: Talk[Answer], timeout_s: float) -> Answer | None:
         """Talk on a connection that speaks this; return None where the broker does not."""
         connection = self._take(spoken)
         if connection is not None:
@@ -193,7 +208,7 @@ class UnixSocketTransport:
         connection.close()
         return None
 
-    def _exchange(self, connection: Exchange, talk: Talk, timeout_s: float, spoken: str) -> Reply:
+    def _exchange(self, connection: Exchange, talk: Talk[Answer], timeout_s: float, spoken: str) -> Answer:
         reusable = False
         try:
             connection.begin(timeout_s)
@@ -246,13 +261,23 @@ def _in_frames(
     else:
         exchange.send_frame(frames.dump_frame(header, blobs))
     while True:
-        header, received = exchange.receive_frame(max_bytes=max_reply_bytes)
-        read = Reader(header, "framed reply")
-        reply = Reply(read.integer("status"), read.mapping("body"), received)
+        reply = _reply(*exchange.receive_frame(max_bytes=max_reply_bytes))
         if reply.header.get("more") is not True:
             exchange.check_end()
             return reply, True
         on_more(reply)
+
+
+def _all_in_frames(messages: Sequence[bytes], exchange: Exchange) -> tuple[list[Reply], bool]:
+    exchange.send_frame(messages)
+    replies = [_reply(*exchange.receive_frame(max_bytes=limits.MAX_TOOL_CALL_BYTES)) for _ in messages]
+    exchange.check_end()
+    return replies, True
+
+
+def _reply(header: dict[str, Any], blobs: list[memoryview]) -> Reply:
+    read = Reader(header, "framed reply")
+    return Reply(read.integer("status"), read.mapping("body"), blobs)
 
 
 def _over_http(

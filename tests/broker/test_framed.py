@@ -152,6 +152,47 @@ def test_requests_sent_in_a_row_are_answered_in_order(client: FramedClient, sess
     assert [client.receive()[1]["result"]["value"] for _ in range(20)] == list(range(20))
 
 
+def test_many_requests_in_one_write_are_answered_each_in_its_turn(client: FramedClient) -> None:
+    request = {"request": "POST /v1/tool-calls/none/result", "body": {"attempt": 1}}
+    wrong = {"request": "POST /v1/nothing", "body": {}}
+    sent = [wrong if number % 10 == 3 else request for number in range(100)]
+    client.sock.sendall(b"".join(b"".join(dump_frame(each)) for each in sent))
+    codes = [client.receive()[1]["error"]["code"] for _ in sent]
+    assert codes == ["unknown_route" if each is wrong else "unknown_call" for each in sent]
+
+
+def test_what_stood_before_bytes_that_are_no_frame_is_answered(client: FramedClient) -> None:
+    good = b"".join(dump_frame({"request": "POST /v1/tool-calls/none/result", "body": {"attempt": 1}}))
+    client.sock.sendall(good * 3 + b"\xff\xff\xff\xff and so on")
+    assert [client.receive()[0] for _ in range(4)] == [404, 404, 404, 400]
+    assert client.sock.recv(1) == b""
+
+
+def test_an_answer_is_given_to_the_code_and_to_the_host_where_many_are_sent_at_once(
+    box: InProcessBroker, session: str
+) -> None:
+    waiting, answering = FramedClient(box.host_socket), FramedClient(box.host_socket)
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(20) as pool: found = list(pool.map(add, range(20)))\n"
+        "found"
+    )
+    body = execution(1, code, tools=[{"name": "add", "parameters": None}])
+    waiting.send(f"POST /v1/sessions/{session}/executions?wait_s=20&stream=1&limit=20", body)
+    claims: list[dict[str, Any]] = []
+    while len(claims) < 20:
+        claims += waiting.receive()[1]["claims"]
+    answers = [
+        {"request": f"POST /v1/tool-calls/{each['call_id']}/result", "body": {"attempt": 1, "value": each["args"][0]}}
+        for each in claims
+    ]
+    answering.sock.sendall(b"".join(b"".join(dump_frame(each)) for each in answers))
+    assert [answering.receive()[1]["call_id"] for _ in answers] == [each["call_id"] for each in claims]
+    assert waiting.receive()[1]["result"]["value"] == list(range(20))
+    waiting.sock.close()
+    answering.sock.close()
+
+
 def test_without_an_upgrade_the_path_says_what_it_wants(box: InProcessBroker) -> None:
     status, answer, _ = box.host.request("GET", "/v1/frames")
     assert (status, answer["error"]["code"]) == (426, "upgrade_required")

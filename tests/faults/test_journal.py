@@ -229,6 +229,9 @@ def test_a_journal_in_memory_is_a_forked_childs_own_and_hands_out_copies(clock: 
     found = made.find(mine.key)
     assert found is not None
     assert found.state == "started"
+    made.conclude(mine)
+    mine.state = "failed"  # of a conclusion that is never recorded
+    assert [each.state for each in made.calls(9)] == ["done"]
     child = os.fork()
     if child == 0:
         status = 1
