@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class Channel:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._reading = False
         self._on_frame, self._on_broken, self._on_closed = on_frame, on_broken, on_closed
         self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES)
         self._outbox = Outbox(sock)
@@ -70,6 +72,12 @@ class Channel:
         if not sent:
             self._on_broken()  # full, so it never read what it has answered
 
+    def tell(self, header: JsonObject) -> None:
+        """Send a frame that may come between others, unless one is under way: then the worker reads that one first."""
+        if self._sock.fileno() >= 0 and not self._outbox.full:
+            with contextlib.suppress(OSError):
+                self._outbox.send(frames.dump_frame(header))
+
     def close(self) -> None:
         """Close the channel. Idempotent."""
         if self._sock.fileno() < 0:
@@ -80,11 +88,18 @@ class Channel:
         self._sock.close()
 
     def read_now(self) -> None:
-        """Take in what has arrived."""
-        if self._watcher.active:
+        """Take in what has arrived; does nothing within ``on_frame``."""
+        if self._watcher.active and not self._reading:
             self._readable()
 
     def _readable(self) -> None:
+        self._reading = True
+        try:
+            self._read()
+        finally:
+            self._reading = False
+
+    def _read(self) -> None:
         left = _MOST_READ_BYTES
         while left > 0 and self._sock.fileno() >= 0:
             wanted = min(max(self._frames.missing, _SMALL_READ_BYTES), left)

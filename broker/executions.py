@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from broker.protocol import limits
+from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ErrorInfo, ExecuteRequest, ExecutionResult, Outcome
 from broker.stopwatch import Stopwatch
@@ -31,6 +33,10 @@ class Execution:
         result: Set at its end, together with ``blobs``.
         blobs: Raw parts of the result's value.
         size: Bytes held for its reply, roughly; counted at its end.
+        on_lane: What was left to the lane: the worker's frame, until it is sent after all; None once it was, or where
+            the lane was not asked for.
+        forward_at: Clock time at which it is sent after all.
+        told: Whether the worker itself has told the host the result, on the lane.
     """
 
     execution_id: str
@@ -44,6 +50,9 @@ class Execution:
     result: ExecutionResult | None = None
     blobs: Sequence[Blob] = ()
     size: int = 0
+    on_lane: tuple[dict[str, Any], Blobs] | None = None
+    forward_at: float | None = None
+    told: bool = False
 
     @property
     def running(self) -> bool:

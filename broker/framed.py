@@ -11,6 +11,7 @@ Everything here runs in callbacks of the event loop: nothing may wait.
 
 from __future__ import annotations
 
+import array
 import functools
 import os
 import socket
@@ -66,7 +67,9 @@ class Request(NamedTuple):
         blobs: What it refers to; only an execution's may be in a file.
         size: Bytes of the whole frame.
         connection: What it came on.
-        answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``.
+        answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``; None where it was
+            given on another way.
+        framed: The connection, framed.
     """
 
     argument: str
@@ -75,7 +78,8 @@ class Request(NamedTuple):
     blobs: Blobs
     size: int
     connection: Connected
-    answer: Deliver[Answer]
+    answer: Deliver[Answer | None]
+    framed: FramedConnection
 
 
 #: Ends a wait whose answer nobody takes any more.
@@ -107,7 +111,15 @@ def host_routes(sessions: Sessions) -> Routes:
         request.answer((reply, () if claimed is None else claimed[1]))
         return None
 
+    def lane(request: Request) -> Cancel | None:
+        session = sessions[request.argument]
+        host_requests.check_epoch(session, request.query)
+        request.framed.hand_over(session.open_lane(request.framed.read_now))
+        request.answer(({}, ()))
+        return None
+
     return {
+        ("POST", "sessions", "lane"): lane,
         ("POST", "sessions", "executions"): execute,
         ("POST", "sessions", "claims"): claim,
         ("POST", "tool-calls", "result"): answer,
@@ -166,6 +178,7 @@ class FramedConnection:
         self._cancel: Cancel | None = None
         self._last = False
         self._held_back: list[Blob] | None = None
+        self._handed: socket.socket | None = None
         self._ended = Event()
 
     def serve(self) -> None:
@@ -175,6 +188,21 @@ class FramedConnection:
             self._ended.wait()
         finally:
             self._close()
+
+    def read_now(self) -> None:
+        """Serve what has arrived, as far as its turn has come."""
+        if self._frames.started:
+            self._take_next()
+        if not (self._answering or self._outbox.full or self._ended.is_set()):
+            self._readable()
+
+    def hand_over(self, sock: socket.socket) -> None:
+        """Attach a descriptor to the next answer; it is lost where that cannot leave at once, or does not take any.
+
+        Args:
+            sock: Closed when it was sent.
+        """
+        self._handed = sock
 
     def _readable(self) -> None:
         if self._answering or self._outbox.full:
@@ -264,7 +292,9 @@ class FramedConnection:
             if handler is None:
                 raise UnknownRoute("nothing is served in frames under this path")
             body = read.mapping("body", {})
-            cancel = handler(Request(argument, query, body, blobs, self._frames.size, self._connection, self._answered))
+            cancel = handler(
+                Request(argument, query, body, blobs, self._frames.size, self._connection, self._answered, self)
+            )
             if self._answering:
                 self._cancel = cancel
         except BrokerError as error:
@@ -275,8 +305,12 @@ class FramedConnection:
             self._log.defect("framed", error)
             self._answered(InternalError("a defect of the broker; the sandbox's log says more"))
 
-    def _answered(self, answer: Answer | BrokerError) -> None:
+    def _answered(self, answer: Answer | BrokerError | None) -> None:
         if self._ended.is_set():
+            return
+        if answer is None:
+            self._answering, self._cancel = False, None
+            self._go_on()
             return
         if isinstance(answer, BrokerError):
             more, reply = False, _failed(answer)
@@ -297,12 +331,22 @@ class FramedConnection:
 
     def _post(self, pieces: Sequence[Blob]) -> None:
         try:
-            self._outbox.send(pieces)
+            self._outbox.send(pieces, self._rights())
         except OSError:
             self._end()
             return
+        finally:
+            if self._handed is not None:
+                self._handed.close()
+                self._handed = None
         if not self._outbox.full:
             self._go_on()
+
+    def _rights(self) -> Sequence[tuple[int, int, bytes]]:
+        """Return the ancillary data for a descriptor that is to be handed over."""
+        if self._handed is None:
+            return ()
+        return ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._handed.fileno()]).tobytes()),)
 
     def _go_on(self) -> None:
         """Everything has been sent: look at the next request."""

@@ -29,11 +29,13 @@ class Wishes(NamedTuple):
         claim: How long to wait, and which claims to take (executions only).
         epoch: The caller's; one that names none is the session's creator.
         stream: Whether one request may have many answers.
+        lane: Whether the worker has the execution from the host itself.
     """
 
     claim: ClaimRequest
     epoch: int
     stream: bool
+    lane: bool
 
 
 def execute(
@@ -51,9 +53,11 @@ def execute_later(
     body: JsonObject,
     blobs: Blobs,
     still_there: Callable[[], bool],
-    deliver: Deliver[WithBlobs],
+    deliver: Deliver[WithBlobs | None],
 ) -> Callable[[], None] | None:
     """As ``execute``, without waiting. With ``stream=1`` one request brings all tool calls of the execution.
+
+    With ``lane=1`` the worker may have told the host its result itself: then None is delivered.
 
     Returns:
         What ends the wait where nobody wants its answer any more, or None where it was answered.
@@ -61,7 +65,10 @@ def execute_later(
     wishes = read_wishes(query)
     session.core.check_epoch(wishes.epoch)
     request = ExecuteRequest.from_json(body)
-    return ending(session, session.run_later(request, blobs, wishes.claim, still_there, deliver, stream=wishes.stream))
+    waiter = session.run_later(
+        request, blobs, wishes.claim, still_there, deliver, stream=wishes.stream, on_lane=wishes.lane
+    )
+    return ending(session, waiter)
 
 
 def claim(session: LiveSession, query: Query, body: JsonObject, still_there: Callable[[], bool]) -> WithBlobs:
@@ -76,7 +83,7 @@ def claim_later(
     query: Query,
     body: JsonObject,
     still_there: Callable[[], bool],
-    deliver: Deliver[WithBlobs],
+    deliver: Deliver[WithBlobs | None],
 ) -> Callable[[], None] | None:
     """As ``claim``, without waiting; see ``execute_later``."""
     wanted, wishes = ClaimRequest.from_json(body), read_wishes(query)
@@ -121,7 +128,8 @@ def _wishes(query: Query) -> Wishes:
         lease_s=query_number(query, "lease_s", limits.DEFAULT_LEASE_S, low=0.01),
         start=query_number(query, "start", 1) != 0,
     )
-    return Wishes(wanted, _epoch(query), query_number(query, "stream", 0) != 0)
+    stream, lane = (query_number(query, name, 0) != 0 for name in ("stream", "lane"))
+    return Wishes(wanted, _epoch(query), stream, lane)
 
 
 _kept_wishes = functools.lru_cache(maxsize=256)(_wishes)

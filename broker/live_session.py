@@ -7,6 +7,7 @@ the other one waits for it in the calling greenlet.
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Sequence
 
 from broker.errors import BrokerError, SessionLost, TooManyCalls
@@ -62,6 +63,9 @@ class LiveSession:
         secret_names: Sequence[str] = (),
     ) -> None:
         self._room = WaitingRoom(clock)
+        self._worker = worker
+        # Reads the connection on which the host announces what it sends on the lane.
+        self._read_host: Callable[[], None] = lambda: None
         self._incoming_bytes = 0
         self.core = Session(
             session_id,
@@ -71,6 +75,7 @@ class LiveSession:
             on_news=self._there_is_news,
             on_call_ended=self._call_ended,
             on_deadline=self._deadline_moved,
+            catch_up=self._catch_up,
             name=name,
             secret_names=secret_names,
         )
@@ -78,7 +83,9 @@ class LiveSession:
 
     def attach(self, expected: int | None) -> Attached:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
+        self._catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected)
+        self._worker.close_lane()
         execution = self.core.running or self.core.executions.latest()
         return Attached(
             epoch=self.core.epoch,
@@ -106,9 +113,10 @@ class LiveSession:
         blobs: Blobs,
         wanted: ClaimRequest,
         still_there: Callable[[], bool],
-        deliver: Deliver[WithBlobs],
+        deliver: Deliver[WithBlobs | None],
         *,
         stream: bool = False,
+        on_lane: bool = False,
     ) -> Waiter | None:
         """Start an execution, and deliver its first tool calls or its end.
 
@@ -120,8 +128,10 @@ class LiveSession:
             deliver: Takes the answer.
             stream: Deliver again and again, each time with new claims, until the execution's end or the end of the
                 wait; all but the last answer say ``more``.
+            on_lane: The worker has it from the host itself, and may answer it itself: then ``None`` is delivered.
         """
-        return self._progress_later(self.core.execute(request, blobs), wanted, still_there, deliver, stream=stream)
+        execution = self.core.execute(request, blobs, on_lane=on_lane)
+        return self._progress_later(execution, wanted, still_there, deliver, stream=stream, on_lane=on_lane)
 
     def claim(self, wanted: ClaimRequest, still_there: Callable[[], bool]) -> WithBlobs:
         """Renew leases, then wait for tool calls or for the execution's end."""
@@ -132,7 +142,7 @@ class LiveSession:
         self,
         wanted: ClaimRequest,
         still_there: Callable[[], bool],
-        deliver: Deliver[WithBlobs],
+        deliver: Deliver[WithBlobs | None],
         *,
         stream: bool = False,
     ) -> Waiter | None:
@@ -206,6 +216,27 @@ class LiveSession:
 
         return self._room.wait(call.call_id, look, min(wait_s, limits.MAX_WAIT_S))
 
+    def open_lane(self, read_host: Callable[[], None]) -> socket.socket:
+        """Make a lane from the host to the worker; return the host's end.
+
+        Args:
+            read_host: Reads what has arrived on the connection that this was asked on, on which the host will announce
+                what it sends on the lane.
+
+        Raises:
+            SessionLost: There is no worker any more.
+        """
+        if self.core.lost is not None:
+            raise SessionLost(self.core.lost)
+        self._read_host = read_host
+        return self._worker.open_lane()
+
+    def _catch_up(self) -> None:
+        """Somebody speaks of what has not been read yet: read what came before it, in order."""
+        self._worker.read_now()
+        self._room.answer_rung()
+        self._read_host()
+
     def stop_waiting(self, waiter: Waiter) -> None:
         """Forget a request whose connection is gone."""
         self._room.leave(waiter)
@@ -236,10 +267,11 @@ class LiveSession:
         execution: Execution | None,
         wanted: ClaimRequest,
         still_there: Callable[[], bool],
-        deliver: Deliver[WithBlobs],
+        deliver: Deliver[WithBlobs | None],
         *,
         lost: tuple[str, ...] = (),
         stream: bool = False,
+        on_lane: bool = False,
     ) -> Waiter | None:
         core, queue = self.core, self.core.tool_calls
         epoch = core.epoch  # the caller's, checked a moment ago
@@ -251,6 +283,9 @@ class LiveSession:
             claimable = room > 0 and queue.claimable > 0
             if not (ended or time_is_up or claimable or core.epoch != epoch):
                 return False
+            if on_lane and execution is not None and execution.told:
+                deliver(None)
+                return True
             try:
                 if execution is None and core.lost is not None:  # an execution tells it in its result
                     raise SessionLost(core.lost)

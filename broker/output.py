@@ -86,12 +86,21 @@ class OutputPipe:
             fcntl.fcntl(self._read_end, 1031, PIPE_BYTES)  # F_SETPIPE_SZ has no name in Python 3.9's fcntl
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
 
-    def begin(self, max_bytes: int) -> None:
-        """Keep so many bytes of what comes from now on."""
+    def begin(self, max_bytes: int, *, watch: bool = True) -> None:
+        """Keep so many bytes of what comes from now on; without ``watch``, what fits into the pipe stays in there."""
         self._buffer = OutputBuffer(max_bytes)
         self._taken = self._overflowed = False
+        if watch:
+            self.watch()
+
+    def watch(self) -> None:
+        """Read what comes as it comes."""
         if not self._watcher.active:
             self._watcher.start(self._readable)
+
+    def rest(self) -> None:
+        """Read nothing until the next execution: nobody holds the pipe who could write."""
+        self._watcher.stop()
 
     @property
     def closed(self) -> bool:
@@ -175,14 +184,24 @@ class OutputPipes:
         pipe.begin(max_bytes)
         return pipe
 
-    def reopen(self, max_bytes: int) -> bool:
-        """Let the next execution print into the pipe of the last one, if that was kept; tell whether it was."""
+    def reopen(self, max_bytes: int, *, watch: bool = True) -> bool:
+        """Let the next execution print into the pipe of the last one, if that was kept; tell whether it was.
+
+        Args:
+            max_bytes: Bytes kept.
+            watch: Read what comes as it comes, else only from ``watch()`` on.
+        """
         pipe, self._kept = self._kept, None
         if pipe is None or pipe.closed:
             return False
         self._current = pipe
-        pipe.begin(max_bytes)
+        pipe.begin(max_bytes, watch=watch)
         return True
+
+    def watch(self) -> None:
+        """Read what the running execution prints, as it comes."""
+        if self._current is not None and not self._current.closed:
+            self._current.watch()
 
     def prepare(self) -> None:
         """Make the next execution's pipe, now that there is time."""
@@ -199,8 +218,9 @@ class OutputPipes:
         if pipe is None:
             return Output()
         output = pipe.take()
-        if keep:
+        if keep and not pipe.closed:
             self._kept = pipe
+            pipe.rest()
         elif not pipe.closed:
             self._left_over.append(pipe)
         if len(self._left_over) > MAX_LEFT_OVER_PIPES:

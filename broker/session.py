@@ -29,9 +29,6 @@ EXIT_REASON_WAIT_S = 0.5
 #: A worker sends one frame for each execution. A few may be late; a flood of them is meant to keep us busy.
 MAX_STRAY_FRAMES = 100
 
-#: What a worker may report; the other outcomes are the broker's to tell.
-_REPORTABLE = frozenset({Outcome.OK, Outcome.SUBMITTED, Outcome.RAISED, Outcome.SYNTAX_ERROR, Outcome.INTERRUPTED})
-
 #: Why the session is lost when the worker did not stop in time.
 _IGNORED_INTERRUPT = {
     Outcome.TIMED_OUT: "deadline",
@@ -45,6 +42,12 @@ class Worker(Protocol):
 
     def execute(self, header: JsonObject, blobs: Blobs, *, max_output_bytes: int) -> None:
         """Send an execute frame; what the execution prints is kept apart from what came before."""
+
+    def leave_to_lane(self, *, max_output_bytes: int) -> bool:
+        """Prepare for an execution that comes to the worker on the lane; tell whether it may."""
+
+    def execute_left(self, header: JsonObject, blobs: Blobs) -> None:
+        """Send the frame of an execution that was left to the lane."""
 
     def interrupt(self) -> None:
         """Send SIGINT; ``Session.interrupt_delivered`` is called once it was sent."""
@@ -70,6 +73,7 @@ class _Report:
     error: ErrorInfo | None
     blobs: Sequence[Blob]
     keeps_pipe: bool
+    told: bool
 
 
 class Session:
@@ -83,6 +87,8 @@ class Session:
         on_news: Told when a call became claimable or an execution ended.
         on_call_ended: Told of each tool call that reached a terminal state.
         on_deadline: Told that ``next_deadline`` may have moved.
+        catch_up: Called when the worker or its code speak of an unknown execution: the host's word of it, which was
+            sent before, is read now.
         name: Chosen by the host, to find the session by; or None.
         secret_names: Names of the secrets that the worker was given.
 
@@ -100,6 +106,7 @@ class Session:
         on_news: Callable[[], None] = lambda: None,
         on_call_ended: Callable[[ToolCall], None] = lambda call: None,
         on_deadline: Callable[[], None] = lambda: None,
+        catch_up: Callable[[], None] = lambda: None,
         name: str | None = None,
         secret_names: Sequence[str] = (),
     ) -> None:
@@ -114,6 +121,7 @@ class Session:
         self.tool_calls = ToolCallQueue(clock=clock, on_queued=self._call_queued, on_ended=self._call_ended)
         self._worker, self._clock = worker, clock
         self._on_news, self._on_call_ended, self._on_deadline = on_news, on_call_ended, on_deadline
+        self._catch_up = catch_up
         self._running: Execution | None = None
         # SIGINTs that the supervisor has not sent yet. Until it has, the next execution must not start: it would
         # be the one that is interrupted. A result that arrives meanwhile waits in _held_back.
@@ -162,8 +170,13 @@ class Session:
         """Return the seconds since the session was opened."""
         return self._clock() - self.created_at
 
-    def execute(self, request: ExecuteRequest, blobs: Blobs) -> Execution:
+    def execute(self, request: ExecuteRequest, blobs: Blobs, *, on_lane: bool = False) -> Execution:
         """Start an execution; an id that is known already gives that execution and runs nothing.
+
+        Args:
+            request: The execution.
+            blobs: Raw parts of its variables.
+            on_lane: The host sends it to the worker itself, at the same time; so it is left alone for a moment.
 
         Raises:
             SessionBusy: Another one is running.
@@ -183,7 +196,11 @@ class Session:
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
         self._running = execution
         self.executions.add(execution)
-        self._worker.execute(execute_header(request), blobs, max_output_bytes=request.max_output_bytes)
+        header = request.to_worker()
+        if on_lane and self._worker.leave_to_lane(max_output_bytes=request.max_output_bytes):
+            execution.on_lane, execution.forward_at = (header, blobs), self._clock() + limits.LANE_PATIENCE_S
+        else:
+            self._worker.execute(header, blobs, max_output_bytes=request.max_output_bytes)
         self._on_deadline()
         return execution
 
@@ -209,6 +226,9 @@ class Session:
             TooManyCalls: The queue is full.
         """
         running = self._running
+        if running is None or running.execution_id != request.execution_id:
+            self._catch_up()
+            running = self._running
         if running is None or running.execution_id != request.execution_id or not running.accepts_calls:
             raise ExecutionEnded("the execution that this call belongs to has ended")
         if request.tool not in self.tool_names:
@@ -229,6 +249,8 @@ class Session:
 
     def frame_received(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         """Take a frame off the worker's channel."""
+        if not self._awaited(header):
+            self._catch_up()
         if not self._awaited(header):
             self._stray_frames += 1
             if self._stray_frames > MAX_STRAY_FRAMES:
@@ -287,6 +309,7 @@ class Session:
         if self._running is not None:
             running = self._running
             times.append(running.remind_at or running.kill_at or running.stopwatch.deadline())
+            times.append(running.forward_at)
         if self._channel_closed_at is not None:
             times.append(self._channel_closed_at + EXIT_REASON_WAIT_S)
         return min((at for at in times if at is not None), default=None)
@@ -300,6 +323,8 @@ class Session:
         running = self._running
         if running is None:
             return
+        if running.forward_at is not None and now >= running.forward_at:
+            self._forward(running)
         deadline = running.stopwatch.deadline()
         if running.cause is None and deadline is not None and now >= deadline:
             self._stop(running, Outcome.TIMED_OUT)
@@ -311,8 +336,15 @@ class Session:
 
     # Inside.
 
+    def _forward(self, execution: Execution) -> None:
+        """Send what was left to the lane, and take care of its output; the worker throws away what it had already."""
+        left, execution.on_lane, execution.forward_at = execution.on_lane, None, None
+        if left is not None:
+            self._worker.execute_left(*left)
+
     def _stop(self, execution: Execution, cause: Outcome) -> None:
         execution.cause = cause
+        self._forward(execution)  # an interrupt of what the worker has not got would be lost
         # Once more halfway: a signal can be lost as a blocking call begins, and the worker takes a second one as leave
         # to end even code that catches everything.
         execution.remind_at = self._clock() + limits.INTERRUPT_GRACE_S / 2
@@ -334,6 +366,7 @@ class Session:
         if cause is Outcome.INTERRUPTED and report.outcome in (Outcome.OK, Outcome.SUBMITTED):
             cause = None
         if cause is None:
+            execution.told = report.told
             self._end(execution, report.outcome, report.error, report)
         else:
             self._end(execution, cause, explain(cause, execution, report.error))
@@ -365,7 +398,7 @@ class Session:
             duration_s=round(self._clock() - execution.started_at, 6),
         )
         self.executions.ended(execution, result, () if report is None else report.blobs)
-        self._running = None
+        execution.on_lane = execution.forward_at = self._running = None
         self.tool_calls.close(CallState.CANCELLED)
         self._on_news()
 
@@ -389,25 +422,7 @@ class Session:
             self._on_deadline()
 
 
-def execute_header(request: ExecuteRequest) -> JsonObject:
-    """Return the header of the worker's execute frame: the request without what only the broker needs."""
-    header: JsonObject = {
-        "type": "execute",
-        "execution_id": request.execution_id,
-        "code": request.code,
-        "variables": request.variables,
-        "drop": list(request.drop),
-    }
-    if request.tools is not None:
-        header["tools"] = [tool.to_json() for tool in request.tools]
-    if request.output_fields is not None:
-        header["output_fields"] = [field.to_json() for field in request.output_fields]
-    return header
-
-
 def _read_report(header: JsonObject, blobs: Sequence[Blob]) -> _Report:
-    result = ExecutionResult.from_json(header)
-    if result.outcome not in _REPORTABLE:
-        raise reading.BadRequest(f"a worker cannot report {result.outcome.value}")
-    display = result.display if result.display is None else result.display[: limits.MAX_DISPLAY_CHARS]
-    return _Report(result.outcome, result.value, display, result.error, blobs, header.get("pipe") == "kept")
+    result = ExecutionResult.reported(header)
+    keeps_pipe, told = header.get("pipe") == "kept", header.get("lane") is True
+    return _Report(result.outcome, result.value, result.display, result.error, blobs, keeps_pipe, told)

@@ -77,7 +77,7 @@ class WaitingRoom:
         """There is news of this: let those who wait for it look in the next turn of the event loop."""
         if key in self._waiting:
             if not self._rung:
-                gevent.get_hub().loop.run_callback(self._answer_rung)
+                gevent.get_hub().loop.run_callback(self.answer_rung)
             self._rung.append(key)
 
     def answer_now(self, key: Hashable) -> None:
@@ -91,7 +91,8 @@ class WaitingRoom:
         for waiter in [each for waiters in self._waiting.values() for each in waiters]:
             self._look(waiter, time_is_up=True)
 
-    def _answer_rung(self) -> None:
+    def answer_rung(self) -> None:
+        """Let everybody look now for whom there is news."""
         rung, self._rung = self._rung, []
         for key in dict.fromkeys(rung):
             self.answer_now(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -41,6 +42,7 @@ class WorkerLink:
         self._on_killed, self._on_swept = on_killed, on_swept
         self._session: Session | None = None
         self._channel: Channel | None = None
+        self._lane: socket.socket | None = None
         self._pipes = OutputPipes(self._overflowed)
         self._ready = False
         self._failure: str | None = None
@@ -85,6 +87,47 @@ class WorkerLink:
         pipe.close_write_end()
         gevent.get_hub().loop.run_callback(self._pipes.prepare)  # while the worker works
 
+    def leave_to_lane(self, *, max_output_bytes: int) -> bool:
+        """See ``session.Worker.leave_to_lane``: only where the output pipe was kept, which the worker has then."""
+        return self._lane is not None and self._pipes.reopen(max_output_bytes, watch=False)
+
+    def execute_left(self, header: JsonObject, blobs: Blobs) -> None:
+        """See ``session.Worker.execute_left``."""
+        assert self._channel is not None
+        self._pipes.watch()
+        self._channel.send({**header, "pipe": "kept"}, blobs)
+
+    def open_lane(self) -> socket.socket:
+        """Give the worker one end of a socket pair, and return the other one, for the host; the lane before it ends.
+
+        Ours is a duplicate, with which the lane can be ended whoever holds the other.
+        """
+        assert self._channel is not None
+        self.close_lane()
+        hosts, workers = socket.socketpair()
+        with workers:
+            self._channel.send({"type": "lane"}, fd=workers.fileno())
+        self._lane = hosts.dup()
+        return hosts
+
+    def close_lane(self) -> None:
+        """End the lane. Idempotent.
+
+        The worker looks at the channel first: what is left in the lane, and was not announced in time, never runs.
+        """
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            if self._channel is not None:
+                self._channel.tell({"type": "lane"})
+            with contextlib.suppress(OSError):
+                lane.shutdown(socket.SHUT_RDWR)
+            lane.close()
+
+    def read_now(self) -> None:
+        """Take in what the worker has sent."""
+        if self._channel is not None:
+            self._channel.read_now()
+
     def interrupt(self) -> None:
         """Send SIGINT to the worker."""
         self._spawner.interrupt(self._slot, self._interrupted)
@@ -96,6 +139,7 @@ class WorkerLink:
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""
         self._on_killed()
+        self.close_lane()
         if self._channel is not None:
             self._channel.close()
         self._pipes.close()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
 from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
@@ -29,6 +30,7 @@ from host_client.errors import (
     SessionBusy,
     SessionLost,
 )
+from host_client.lane_user import MOST_BYTES, LaneUser
 from host_client.transport import Reply, Transport
 
 #: Requests that nothing waits for in the broker.
@@ -196,6 +198,7 @@ class HttpBrokerClient:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._epoch = 1
+        self._lanes = LaneUser(transport)
 
     def check(self) -> None:
         """See ``BrokerClient.check``."""
@@ -253,7 +256,12 @@ class HttpBrokerClient:
         """See ``BrokerClient.execute``."""
         path = f"/v1/sessions/{_part(session_id)}/executions?limit={wanted.limit}&wait_s={wanted.wait_s:.3f}"
         path = f"{path}&epoch={self._epoch}"
-        timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * sum(map(len, blobs))
+        size = sum(map(len, blobs))
+        timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * size
+        if on_claims is not None and size <= MOST_BYTES:
+            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, on_claims)
+            if news is not None:
+                return news
         return self._follow(path, request.to_json(), blobs, timeout_s, on_claims)
 
     def claim(
@@ -296,7 +304,35 @@ class HttpBrokerClient:
 
     def close(self) -> None:
         """See ``BrokerClient.close``."""
+        self._lanes.close()
         self._transport.close()
+
+    def _by_lane(
+        self,
+        session_id: str,
+        path: str,
+        request: ExecuteRequest,
+        blobs: Sequence[Blob],
+        timeout_s: float,
+        on_claims: Callable[[News], None],
+    ) -> News | None:
+        """Run an execution by the session's lane; None where it is to be posted in the ordinary way."""
+        last: News | None = None
+
+        def on_reply(reply: Reply) -> bool:
+            nonlocal last
+            news = _news(reply)
+            if news.progress.more:
+                on_claims(news)
+                return False
+            last = news
+            return True
+
+        found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply)
+        if isinstance(found, bool):
+            return last
+        result, received = found
+        return News(Progress(execution_id=request.execution_id, running=False, result=result), received)
 
     def _follow(
         self,

@@ -5,6 +5,7 @@ The reply counts as hostile: its head and its body are bounded, and the whole ex
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
@@ -149,6 +150,32 @@ class Exchange:
                 raise ConnectionEnded(clean=not assembler.started)
             assembler.add(received)
         return frame
+
+    def receive_descriptor(self) -> tuple[dict[str, Any], int | None]:
+        """Return the header of the next frame, and the descriptor that came with it, owned by the caller, or None.
+
+        Raises:
+            FrameError, ConnectionEnded, OSError: As for ``receive_frame``.
+        """
+        try:
+            received, fds, _, _ = socket.recv_fds(self._connection, _RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            raise TimeoutError("no answer in time") from None
+        try:
+            if not received:
+                raise ConnectionEnded(clean=True)
+            self._frames.add(received)
+            header, _ = self.receive_frame(max_bytes=_RECEIVE_BYTES)
+            self.check_end()
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return header, fds[0] if fds else None
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor."""
+        return self._connection.fileno()
 
     def check_end(self) -> None:
         """Check that nothing came after the last frame.

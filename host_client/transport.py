@@ -21,6 +21,7 @@ from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
 from host_client.errors import BrokerUnreachable, MalformedReply
 from host_client.http_wire import BadReply, ConnectionEnded, Exchange
+from host_client.lane import Lane
 from host_client.together import SMALL_BYTES, Together
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,14 @@ class Transport(Protocol):
         Raises:
             BrokerUnreachable: Nothing listens, the connection broke, or ``BrokerTimeout``.
             MalformedReply: What came is not a reply of our protocol.
+        """
+
+    def open_lane(self, path: str, timeout_s: float) -> Lane | None:
+        """Return a session's lane, or None where there cannot be one.
+
+        Args:
+            path: The request for it.
+            timeout_s: For the whole exchange, in seconds.
         """
 
     def close(self) -> None:
@@ -165,6 +174,24 @@ class UnixSocketTransport:
         finally:
             if file is not None:
                 file.close()
+
+    def open_lane(self, path: str, timeout_s: float) -> Lane | None:
+        """See ``Transport.open_lane``. A descriptor is handed over, as with memory files."""
+        if frames.FILES_UPGRADE in self._refused:
+            return None
+        connection = None
+        try:
+            connection = self._open(frames.FILES_UPGRADE, timeout_s)
+            lane = None if connection is None else Lane.open(connection, path)
+            if lane is not None:
+                connection = None
+            return lane
+        except (OSError, BadReply, frames.FrameError, BrokerUnreachable) as error:
+            log.debug("no lane: %s", error)  # whatever it is, the ordinary way shows it
+            return None
+        finally:
+            if connection is not None:
+                connection.close()
 
     def close(self) -> None:
         """Close the idle connections, and every other one as soon as it is given back."""
@@ -261,7 +288,7 @@ def _in_frames(
     else:
         exchange.send_frame(frames.dump_frame(header, blobs))
     while True:
-        reply = _reply(*exchange.receive_frame(max_bytes=max_reply_bytes))
+        reply = read_reply(*exchange.receive_frame(max_bytes=max_reply_bytes))
         if reply.header.get("more") is not True:
             exchange.check_end()
             return reply, True
@@ -270,14 +297,19 @@ def _in_frames(
 
 def _all_in_frames(messages: Sequence[bytes], exchange: Exchange) -> tuple[list[Reply], bool]:
     exchange.send_frame(messages)
-    replies = [_reply(*exchange.receive_frame(max_bytes=limits.MAX_TOOL_CALL_BYTES)) for _ in messages]
+    replies = [read_reply(*exchange.receive_frame(max_bytes=limits.MAX_TOOL_CALL_BYTES)) for _ in messages]
     exchange.check_end()
     return replies, True
 
 
-def _reply(header: dict[str, Any], blobs: list[memoryview]) -> Reply:
+def read_reply(header: dict[str, Any], blobs: Sequence[Any]) -> Reply:
+    """Return the reply in a frame.
+
+    Raises:
+        BadRequest: It is none.
+    """
     read = Reader(header, "framed reply")
-    return Reply(read.integer("status"), read.mapping("body"), blobs)
+    return Reply(read.integer("status"), read.mapping("body"), list(blobs))
 
 
 def _over_http(

@@ -7,7 +7,7 @@ import enum
 from typing import Any
 
 from broker.protocol import limits
-from broker.protocol.reading import JsonObject, Reader
+from broker.protocol.reading import BadRequest, JsonObject, Reader
 from broker.protocol.tools import OutputField, ToolDefinition
 
 
@@ -22,6 +22,10 @@ class Outcome(str, enum.Enum):
     INTERRUPTED = "interrupted"
     WORKER_DIED = "worker_died"
     OUTPUT_LIMIT = "output_limit"
+
+
+#: What a worker may report; the other outcomes are the broker's to tell.
+_REPORTABLE = frozenset({Outcome.OK, Outcome.SUBMITTED, Outcome.RAISED, Outcome.SYNTAX_ERROR, Outcome.INTERRUPTED})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,21 @@ class ExecuteRequest:
         data["max_output_bytes"] = self.max_output_bytes
         return data
 
+    def to_worker(self) -> JsonObject:
+        """Return the header of the worker's frame: the request without what only the broker needs."""
+        header: JsonObject = {
+            "type": "execute",
+            "execution_id": self.execution_id,
+            "code": self.code,
+            "variables": self.variables,
+            "drop": list(self.drop),
+        }
+        if self.tools is not None:
+            header["tools"] = [tool.to_json() for tool in self.tools]
+        if self.output_fields is not None:
+            header["output_fields"] = [field.to_json() for field in self.output_fields]
+        return header
+
     @classmethod
     def from_json(cls, data: Any) -> ExecuteRequest:
         read = Reader(data, "execution")
@@ -152,6 +171,25 @@ class ExecutionResult:
             "session_lost": self.session_lost,
             "duration_s": self.duration_s,
         }
+
+    @classmethod
+    def reported(cls, data: Any) -> ExecutionResult:
+        """Read what a worker says of an execution of its own: how it ended, and nothing that it cannot know.
+
+        Raises:
+            BadRequest: It makes no sense, or is not a worker's to tell.
+        """
+        read = Reader(data, "worker's result")
+        outcome = read.member("outcome", Outcome)
+        if outcome not in _REPORTABLE:
+            raise BadRequest(f"a worker cannot report {outcome.value}")
+        display = read.optional_text("display")
+        return cls(
+            outcome=outcome,
+            value=read.raw("value", None),
+            display=display if display is None else display[: limits.MAX_DISPLAY_CHARS],
+            error=ErrorInfo.from_json(read.raw("error")) if read.has("error") else None,
+        )
 
     @classmethod
     def from_json(cls, data: Any) -> ExecutionResult:

@@ -56,6 +56,12 @@ MAX_WAIT_S = 25.0
 #: A claim not renewed for this long is taken away. Long polls renew it every MAX_WAIT_S at the latest.
 DEFAULT_LEASE_S = 60.0
 
+#: An execution that is over so soon may tell the host itself (the lane); later the broker has taken it in hand.
+LANE_REPLY_S = 0.01
+
+#: How long the broker leaves an execution to the lane before it brings it itself, and reads what it prints.
+LANE_PATIENCE_S = 0.03
+
 #: Between the interrupt at the deadline and the kill.
 INTERRUPT_GRACE_S = 2.0
 

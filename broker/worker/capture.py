@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import fcntl
 import io
 import os
 import sys
+import termios
 from typing import Any
 
 from broker.worker.current import Current
@@ -106,6 +108,10 @@ class Capture:
         a later execution of its own session.
         """
         return not self._shared and not _thread._count() and _identity(_STDOUT) == self._pipe == _identity(_STDERR)
+
+    def printed_nothing(self) -> bool:
+        """Tell whether nothing waits in the pipe; true of the whole execution where nobody has read it yet."""
+        return int.from_bytes(fcntl.ioctl(_STDOUT, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder) == 0
 
     def end(self) -> None:
         """Write out what the streams hold, let go of the pipe, and put back streams that were replaced."""

@@ -54,6 +54,25 @@ class Channel:
             file.close()
         return header, blobs, self._fds.pop(0) if self._fds else None
 
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes were read ahead."""
+        return bool(self._buffer)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def send_now(self, frame: bytes) -> bool:
+        """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""
+        try:
+            if self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
+                return True
+        except OSError:
+            return False
+        self._sock.shutdown(socket.SHUT_RDWR)
+        return False
+
     def send(self, header: dict[str, Any], blobs: Sequence[Blob] = ()) -> None:
         """Send one frame.
 

@@ -6,15 +6,18 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import OutputField, ToolDefinition
 from broker.worker.capture import Capture
 from broker.worker.channel import Channel, FrameTooLarge
 from broker.worker.current import Current, Execution
 from broker.worker.guest_http import GuestPlane
+from broker.worker.inbox import Inbox
 from broker.worker.interrupts import Interrupts
 from broker.worker.proxies import Proxies
 from broker.worker.repl import Ending, Repl
@@ -37,7 +40,7 @@ class Worker:
     """One session's process: parts that know each other only through ``Current``."""
 
     def __init__(self, channel: Channel, plane: GuestPlane) -> None:
-        self._channel = channel
+        self._channel, self._inbox = channel, Inbox(channel)
         self._current = Current()
         self._calls = ToolCalls(plane, self._current)
         self._capture = Capture(self._current)
@@ -58,14 +61,15 @@ class Worker:
         self._channel.send({"type": "ready", "pid": os.getpid()})
         while True:
             try:
-                header, blobs, fd = self._channel.receive()
+                header, blobs, fd, on_lane = self._inbox.receive(takes_lane=self._keeps_pipe)
             except (EOFError, ConnectionError):
                 return
             if header["type"] == "secrets":
                 os.environ.update(header["values"])
                 self._channel.send({"type": "ready", "pid": os.getpid()})
                 continue
-            self._send(header["execution_id"], self._execute(header, blobs, fd))
+            ending = self._execute(header, blobs, fd)
+            self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
             self._calls.cut_waits()
             self._calls.let_go()
             if not self._keeps_pipe:
@@ -76,6 +80,7 @@ class Worker:
     def _execute(self, header: dict[str, Any], blobs: Sequence[Blob], fd: int | None) -> Ending:
         execution = Execution(header["execution_id"])
         self._interrupts.restore()
+        self._calls.made = False
         self._current.execution = execution  # from here on SIGINT counts
         self._capture.begin(fd, kept=header.get("pipe") == "kept")
         self._threads.adopt_pools()
@@ -99,7 +104,20 @@ class Worker:
     def _bind(self) -> None:
         self._repl.bind({**self._proxies.functions, "SUBMIT": self._submit.function})
 
-    def _send(self, execution_id: str, ending: Ending) -> None:
+    def _is_momentary(self, header: dict[str, Any]) -> bool:
+        """Tell whether the host may hear of an execution before the broker does: it left nothing but its value.
+
+        Counted from when the host sent it, on the clock that all processes of a machine share: later the broker may
+        have read what was printed.
+        """
+        return (
+            self._keeps_pipe
+            and 0 <= time.monotonic() - header["sent_at"] < limits.LANE_REPLY_S
+            and not self._calls.made
+            and self._capture.printed_nothing()
+        )
+
+    def _send(self, execution_id: str, ending: Ending, *, on_lane: bool) -> None:
         header = {
             "type": "result",
             "execution_id": execution_id,
@@ -110,6 +128,8 @@ class Worker:
         }
         if self._keeps_pipe:
             header["pipe"] = "kept"
+        if on_lane:
+            header["lane"] = self._inbox.reply_on_lane(header, ending.blobs)
         try:
             self._channel.send(header, ending.blobs)
         except FrameTooLarge:  # a giant value: its text will do
@@ -123,7 +143,7 @@ class Worker:
     def _after_fork(self) -> None:
         """In a process that generated code forked: it is no worker, and shares no connection with one."""
         self._current.in_child = True
-        self._channel.close()
+        self._inbox.close()
         self._calls.forget_connections()
 
     def _end_child(self, ending: Ending) -> None:

@@ -32,6 +32,8 @@ class ToolCalls:
     def __init__(self, plane: GuestPlane, current: Current) -> None:
         self._plane = plane
         self._current = current
+        #: Whether any tool was called since the worker set this to False.
+        self.made = False
 
     def call(self, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a tool and wait for its answer, however long it takes.
@@ -48,6 +50,7 @@ class ToolCalls:
             Exception: What the tool raised; see ``errors.error_of``.
         """
         execution = self._current.require(f"{tool}()")
+        self.made = True
         if execution.interrupts or execution.submission is not None:
             raise RuntimeError(f"{tool}() was not called: this execution is being ended")
         body, blobs = _request(execution.execution_id, tool, names, args, kwargs)

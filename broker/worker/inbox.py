@@ -1,0 +1,115 @@
+"""What the worker is told, on two ways: the broker's channel, and the lane, which comes straight from the host.
+
+The broker knows of every execution, also of one that comes on the lane, and sends it again on the channel where it is
+not over in a moment. So whatever comes second is thrown away, by its execution's id. See
+``docs/decisions/021-the-lane.md``.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from broker.protocol import frames
+from broker.protocol.frames import Blob
+from broker.worker.channel import Channel
+
+#: One execution runs at a time, so that at most the last few can come once more.
+_REMEMBERED = 64
+#: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
+_MOST_REPLY_BYTES = 64 << 10
+
+
+class Message(NamedTuple):
+    """One frame.
+
+    Attributes:
+        header: Its header.
+        blobs: Its blobs.
+        fd: The descriptor that came with it, owned by the receiver, or None.
+        on_lane: Whether it came from the host.
+    """
+
+    header: dict[str, Any]
+    blobs: list[Blob]
+    fd: int | None
+    on_lane: bool
+
+
+class Inbox:
+    """Reads the channel, and the lane while there is one.
+
+    Args:
+        channel: The broker's.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._lane: Channel | None = None
+        self._poll = select.poll()
+        self._seen: deque[str] = deque(maxlen=_REMEMBERED)
+
+    def receive(self, *, takes_lane: bool) -> Message:
+        """Wait for the next frame that asks for something new.
+
+        Args:
+            takes_lane: Whether an execution may come on the lane now; else it is left to the broker.
+
+        Raises:
+            EOFError: The broker closed the channel.
+        """
+        while True:
+            message = self._next()
+            kind = message.header["type"]
+            if kind == "lane" and not message.on_lane:
+                self._open_lane(message.fd)
+            elif kind != "execute":
+                return message
+            elif message.header["execution_id"] not in self._seen and (takes_lane or not message.on_lane):
+                if self._lane is not None:
+                    self._seen.append(message.header["execution_id"])
+                return message
+
+    def reply_on_lane(self, header: dict[str, Any], blobs: Sequence[Blob]) -> bool:
+        """Send a result straight to the host; tell whether it left."""
+        if self._lane is None or sum(map(len, blobs)) > _MOST_REPLY_BYTES:
+            return False
+        frame = b"".join(frames.dump_frame(header, blobs))
+        return len(frame) <= _MOST_REPLY_BYTES and self._lane.send_now(frame)
+
+    def close(self) -> None:
+        """Close both ends here."""
+        self._channel.close()
+        self._close_lane()
+
+    def descriptors(self) -> tuple[int, ...]:
+        """Return what is open, for a copy of this process that must not keep it."""
+        return (self._channel.fileno(),) if self._lane is None else (self._channel.fileno(), self._lane.fileno())
+
+    def _next(self) -> Message:
+        if self._lane is None or self._channel.has_more:
+            return Message(*self._channel.receive(), on_lane=False)
+        if not self._lane.has_more and self._channel.fileno() in [fd for fd, _ in self._poll.poll()]:
+            return Message(*self._channel.receive(), on_lane=False)
+        try:
+            header, blobs, fd = self._lane.receive()
+        except (EOFError, OSError, frames.FrameError):
+            self._close_lane()
+            return self._next()
+        return Message(header, blobs, fd, on_lane=True)
+
+    def _open_lane(self, fd: int | None) -> None:
+        self._close_lane()  # what is left unread in there the broker sends again
+        if fd is not None:
+            self._lane = Channel(socket.socket(fileno=fd))
+            for each in (self._channel, self._lane):
+                self._poll.register(each.fileno(), select.POLLIN)
+
+    def _close_lane(self) -> None:
+        if self._lane is not None:
+            self._poll.unregister(self._lane.fileno())
+            self._lane.close()
+            self._lane = None

@@ -1,0 +1,146 @@
+"""The lane: executions straight to the worker, past the broker, which is told of each at the same time.
+
+The broker keeps its record, deadline and stored reply of every execution. It is out of the way only of those that are
+over in a moment and leave nothing but a value: their result comes from the worker itself. Everything else (output, tool
+calls, an end that takes longer) comes from the broker as always, on the connection on which it was told. See
+``docs/decisions/021-the-lane.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from broker.protocol import limits
+from broker.protocol.frames import Blob, FrameAssembler, dump_frame
+from host_client.http_wire import Exchange
+
+#: An execution with more than this goes the ordinary way, where a memory file may be cheaper, and nobody has to wait
+#: for whoever reads it.
+MOST_BYTES = 64 << 10
+#: With a deadline nearer than this the broker may be about to interrupt what the worker calls ended.
+LEAST_TIMEOUT_S = 1.0
+_READ_BYTES = 64 << 10
+#: The worker says nothing on the lane after ``limits.LANE_REPLY_S``; much later than that its word is stale.
+_TRUSTED_S = LEAST_TIMEOUT_S / 2
+
+Frame = tuple[dict[str, Any], Sequence[Blob]]
+
+
+class LaneBroken(ConnectionError):
+    """The lane is of no more use; the broker knows what was announced, and is asked again."""
+
+
+class Lane:
+    """One session's lane, and the connection to the broker that goes with it. For one thread at a time.
+
+    Args:
+        exchange: Upgraded; the broker serves what is announced here one after the other.
+        sock: The lane.
+
+    Attributes:
+        pid: Of the process whose lane it is: after a fork it is the parent's.
+    """
+
+    def __init__(self, exchange: Exchange, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._exchange, self._sock = exchange, sock
+        self._frames = FrameAssembler(limits.MAX_TOOL_CALL_BYTES)
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+        self._poll.register(exchange.fileno(), select.POLLIN)
+        self.pid = os.getpid()
+
+    @classmethod
+    def open(cls, exchange: Exchange, path: str) -> Lane | None:
+        """Ask the broker for a lane on a connection that nobody else uses; None where it has none to give.
+
+        Raises:
+            OSError, BadReply, FrameError: The connection is of no more use.
+        """
+        exchange.send_frame(dump_frame({"request": f"POST {path}", "body": {}}))
+        header, fd = exchange.receive_descriptor()
+        if fd is None or header.get("status") != 200:
+            if fd is not None:
+                os.close(fd)
+            return None
+        return cls(exchange, socket.socket(fileno=fd))
+
+    def close(self) -> None:
+        """Close both connections: the broker takes in hand what it was told and has not seen the end of."""
+        self._exchange.close()
+        self._sock.close()
+
+    def run(
+        self,
+        announcement: Sequence[Blob],
+        execution: Sequence[Blob],
+        execution_id: str,
+        timeout_s: float,
+        on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool],
+    ) -> tuple[dict[str, Any], Sequence[Blob], float] | None:
+        """Tell broker and worker of an execution, and wait until one of them answers.
+
+        Args:
+            announcement: The broker's frame; sent first, so that the broker can read of it before it hears of it.
+            execution: The worker's.
+            execution_id: Of the execution.
+            timeout_s: For the whole exchange, in seconds.
+            on_frame: Takes each reply of the broker; tells whether it was the last one.
+
+        Returns:
+            The worker's result, its blobs and how many seconds it took; None where the broker has answered.
+
+        Raises:
+            TimeoutError: Nobody answered in time.
+            OSError, BadReply, FrameError: The lane is of no more use; whoever posts the same execution again gets its
+                end.
+        """
+        began = time.monotonic()
+        self._exchange.begin(timeout_s)
+        self._exchange.send_frame(announcement)
+        self._send(execution)
+        while True:
+            left_s = began + timeout_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("no answer in time")
+            ready = [fd for fd, _ in self._poll.poll(left_s * 1000)]
+            if self._sock.fileno() in ready:
+                found = self._read(execution_id)
+                took_s = time.monotonic() - began
+                if found is not None and took_s >= _TRUSTED_S:
+                    raise LaneBroken("the worker's word came late")
+                if found is not None:
+                    return (*found, took_s)
+            if self._exchange.fileno() in ready and self._reply(execution_id, on_frame):
+                return None
+
+    def _reply(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
+        header, blobs = self._exchange.receive_frame(max_bytes=limits.MAX_TOOL_CALL_BYTES)
+        body = header.get("body")
+        if header.get("status") == 200 and isinstance(body, dict) and body.get("execution_id") != execution_id:
+            return False  # late word of the one before, which the worker had answered
+        return on_frame(header, blobs)
+
+    def _send(self, execution: Sequence[Blob]) -> None:
+        frame = b"".join(execution)
+        if self._sock.send(frame) != len(frame):
+            raise LaneBroken("the worker takes nothing")
+
+    def _read(self, execution_id: str) -> Frame | None:
+        """Return the worker's result of this execution if it is there; whatever else it sends is thrown away."""
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return None
+        if not data:
+            raise LaneBroken("the worker, or the broker, has closed it")
+        self._frames.add(data)
+        while (frame := self._frames.next()) is not None:
+            if frame[0].get("execution_id") == execution_id:
+                return frame
+        return None
