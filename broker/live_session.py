@@ -75,7 +75,7 @@ class LiveSession:
             on_news=self._there_is_news,
             on_call_ended=self._call_ended,
             on_deadline=self._deadline_moved,
-            catch_up=self._catch_up,
+            catch_up=self.catch_up,
             name=name,
             secret_names=secret_names,
         )
@@ -83,7 +83,7 @@ class LiveSession:
 
     def attach(self, expected: int | None) -> Attached:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
-        self._catch_up()  # what the old one has begun was begun, also where it is not read yet
+        self.catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected)
         self._worker.close_lane()
         execution = self.core.running or self.core.executions.latest()
@@ -231,7 +231,7 @@ class LiveSession:
         self._read_host = read_host
         return self._worker.open_lane()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Somebody speaks of what has not been read yet: read what came before it, in order."""
         self._worker.read_now()
         self._room.answer_rung()

@@ -214,6 +214,9 @@ class Session:
             return self._running
         execution = self.executions.get(execution_id)
         if execution is None:
+            self._catch_up()
+            execution = self.executions.get(execution_id)
+        if execution is None:
             raise UnknownExecution(f"no execution {execution_id!r} in this session")
         return execution
 

@@ -141,10 +141,13 @@ class Sessions:
         Raises:
             UnknownExecution: Never posted, or no longer stored.
         """
-        for session in self:
-            execution = session.core.executions.get(execution_id)
-            if execution is not None:
-                return session, execution
+        for catch_up in (False, True):
+            for session in self:
+                if catch_up:
+                    session.catch_up()
+                execution = session.core.executions.get(execution_id)
+                if execution is not None:
+                    return session, execution
         raise UnknownExecution(f"no execution {execution_id[:64]!r}")
 
     def tool_call(self, call_id: str) -> tuple[LiveSession, ToolCall]:

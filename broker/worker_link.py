@@ -103,7 +103,7 @@ class WorkerLink:
         Ours is a duplicate, with which the lane can be ended whoever holds the other.
         """
         assert self._channel is not None
-        self.close_lane()
+        self._shut_lane()  # without a word: the worker takes the new one in its place
         hosts, workers = socket.socketpair()
         with workers:
             self._channel.send({"type": "lane"}, fd=workers.fileno())
@@ -115,10 +115,13 @@ class WorkerLink:
 
         The worker looks at the channel first: what is left in the lane, and was not announced in time, never runs.
         """
+        if self._lane is not None and self._channel is not None:
+            self._channel.tell({"type": "lane"})
+        self._shut_lane()
+
+    def _shut_lane(self) -> None:
         lane, self._lane = self._lane, None
         if lane is not None:
-            if self._channel is not None:
-                self._channel.tell({"type": "lane"})
             with contextlib.suppress(OSError):
                 lane.shutdown(socket.SHUT_RDWR)
             lane.close()

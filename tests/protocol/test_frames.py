@@ -27,7 +27,11 @@ def exactly(data: bytes) -> Any:
     return read
 
 
-@given(st.dictionaries(st.text(), st.integers() | st.text()), st.lists(st.binary(), max_size=5))
+#: Larger ones have a tag of their own: no reader of JSON is trusted with them.
+_INTEGERS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+
+
+@given(st.dictionaries(st.text(), _INTEGERS | st.text()), st.lists(st.binary(), max_size=5))
 def test_a_frame_is_read_as_it_was_written(header: dict[str, Any], blobs: list[bytes]) -> None:
     header.pop("blobs", None)
     wire = b"".join(dump_frame(header, blobs))
