@@ -65,7 +65,7 @@ class LiveSession:
         self._room = WaitingRoom(clock)
         self._worker = worker
         # Reads the connection on which the host announces what it sends on the lane.
-        self._read_host: Callable[[], None] = lambda: None
+        self._read_host: Callable[[], None] | None = None
         self._incoming_bytes = 0
         self.core = Session(
             session_id,
@@ -233,9 +233,10 @@ class LiveSession:
 
     def catch_up(self) -> None:
         """Somebody speaks of what has not been read yet: read what came before it, in order."""
-        self._worker.read_now()
-        self._room.answer_rung()
-        self._read_host()
+        if self._read_host is not None:
+            self._worker.read_now()
+            self._room.answer_rung()
+            self._read_host()
 
     def stop_waiting(self, waiter: Waiter) -> None:
         """Forget a request whose connection is gone."""

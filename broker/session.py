@@ -182,6 +182,8 @@ class Session:
             SessionBusy: Another one is running.
             SessionLost: The namespace is gone.
         """
+        if not on_lane:
+            self._catch_up()
         known = self.executions.get(request.execution_id)
         if known is not None:
             return known

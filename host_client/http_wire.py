@@ -173,6 +173,11 @@ class Exchange:
             raise
         return header, fds[0] if fds else None
 
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes of a further frame are held."""
+        return self._frames.started
+
     def fileno(self) -> int:
         """Return the connection's descriptor."""
         return self._connection.fileno()

@@ -116,8 +116,16 @@ class Lane:
                     raise LaneBroken("the worker's word came late")
                 if found is not None:
                     return (*found, took_s)
-            if self._exchange.fileno() in ready and self._reply(execution_id, on_frame):
+            if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
                 return None
+
+    def _replies(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
+        """Take what the broker has sent, which may be more than one reply; tell whether the last one was among it."""
+        while not self._reply(execution_id, on_frame):
+            if not self._exchange.has_more:
+                return False
+        self._exchange.check_end()
+        return True
 
     def _reply(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
         header, blobs = self._exchange.receive_frame(max_bytes=limits.MAX_TOOL_CALL_BYTES)

@@ -73,12 +73,17 @@ class Inbox:
                     self._seen.append(message.header["execution_id"])
                 return message
 
-    def reply_on_lane(self, header: dict[str, Any], blobs: Sequence[Blob]) -> bool:
-        """Send a result straight to the host; tell whether it left."""
+    def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob]) -> bytes | None:
+        """Return the frame that tells the host a result on the lane, or None where it is the broker's to bring."""
         if self._lane is None or sum(map(len, blobs)) > _MOST_REPLY_BYTES:
-            return False
+            return None
         frame = b"".join(frames.dump_frame(header, blobs))
-        return len(frame) <= _MOST_REPLY_BYTES and self._lane.send_now(frame)
+        return frame if len(frame) <= _MOST_REPLY_BYTES else None
+
+    def send_on_lane(self, frame: bytes) -> None:
+        """Tell the host; where that does not work, it sees the end of the lane and asks the broker."""
+        if self._lane is not None:
+            self._lane.send_now(frame)
 
     def close(self) -> None:
         """Close both ends here."""

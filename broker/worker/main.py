@@ -128,12 +128,16 @@ class Worker:
         }
         if self._keeps_pipe:
             header["pipe"] = "kept"
-        if on_lane:
-            header["lane"] = self._inbox.reply_on_lane(header, ending.blobs)
+        frame = self._inbox.lane_frame(header, ending.blobs) if on_lane else None
+        if frame is not None:
+            header["lane"] = True
         try:
             self._channel.send(header, ending.blobs)
         except FrameTooLarge:  # a giant value: its text will do
             self._channel.send({**header, "value": ending.display})
+        if frame is not None:
+            # Last: what the host does because of it, the broker sees after this execution's end.
+            self._inbox.send_on_lane(frame)
 
     def _cut_off(self) -> None:
         """SUBMIT holds: what is printed from now on goes nowhere, and nobody waits for a tool."""

@@ -173,9 +173,8 @@ def test_a_new_holder_ends_the_lane_and_what_was_not_announced_never_runs(client
     path = f"/v1/sessions/{client.session}/executions?epoch=2&wait_s=20"
     found = client.box.host.request("POST", path, {"execution_id": "look", "code": "'stolen' in globals()"})[1]
     assert found["result"]["value"] is False
-    with pytest.raises(OSError):  # noqa: PT011
-        for _ in range(100):
-            client.tell("too-late", "1")
+    with pytest.raises(BrokenPipeError):
+        client.tell("too-late", "1")
 
 
 def test_what_was_announced_before_an_attach_counts(client: LaneClient) -> None:
@@ -209,7 +208,9 @@ def test_a_deadline_holds_for_what_came_on_the_lane(client: LaneClient) -> None:
 def test_an_interrupt_before_the_lane_brings_it_stops_it_all_the_same(client: LaneClient, patient: None) -> None:
     execution_id = client.announce("while True: pass")
     client.box.host.request("POST", f"/v1/executions/{execution_id}/interrupt", {})
-    assert client.receive()[1]["result"]["outcome"] == "interrupted"
+    received = client.receive()
+    assert received[1]["result"] is not None, received
+    assert received[1]["result"]["outcome"] == "interrupted"
     assert client.run("1")["value"] == 1
 
 

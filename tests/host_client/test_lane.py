@@ -1,0 +1,188 @@
+"""Claims about the lane as a user of the interpreter sees it: nothing but the time that an execution takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from broker.testing import InProcessBroker
+from host_client import SandboxInterpreter, SandboxSettings, lane
+from host_client.dspy_compat import contract
+from host_client.errors import SessionLost
+from host_client.lane import Lane
+from host_client.providers.fake import FakeProvider
+
+SETTINGS = SandboxSettings(journal=":memory:", history=False)
+#: What hostile code would do: everything in its process is its own.
+FIND_LANE = "import gc\nlane = next(o for o in gc.get_objects() if type(o).__name__ == 'Inbox')._lane\n"
+FORGE = FIND_LANE + (
+    "from broker.protocol.frames import dump_frame\n"
+    "import sys\n"
+    "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
+    "header = {'execution_id': worker._current.execution.execution_id, 'outcome': 'ok', 'value': 'forged'}\n"
+    "lane._sock.send(b''.join(dump_frame(header)))\n"
+)
+
+
+class Taken:
+    """Counts the executions that the worker itself has answered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        run = Lane.run
+
+        def counted(lane: Lane, *args: Any) -> Any:
+            found = run(lane, *args)
+            self.count += found is not None
+            return found
+
+        monkeypatch.setattr(Lane, "run", counted)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    return Taken(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[InProcessBroker]:
+    with InProcessBroker() as started:
+        yield started
+
+
+@pytest.fixture
+def warm(broker: InProcessBroker) -> Iterator[SandboxInterpreter]:
+    """One with a lane."""
+    tools = {"double": lambda n: 2 * n}
+    with SandboxInterpreter(tools, provider=FakeProvider(broker), settings=SETTINGS, execution_timeout_s=20) as made:
+        made.execute("1")
+        made.execute("1")
+        yield made
+
+
+def until_taken(interpreter: SandboxInterpreter, taken: Taken, code: str) -> Any:
+    """Execute until the worker has answered once: on a busy machine the broker may be asked first."""
+    before = taken.count
+    for _ in range(200):
+        value = interpreter.execute(code)
+        if taken.count > before:
+            return value
+    raise AssertionError("the lane was never used")
+
+
+def test_values_errors_and_submissions_are_the_same(warm: SandboxInterpreter, taken: Taken) -> None:
+    error = contract().code_error
+    assert until_taken(warm, taken, "[1, 'two', 3.5, None]") == [1, "two", 3.5, None]
+    assert warm.last_result is not None
+    assert warm.last_result.duration_s > 0
+    assert until_taken(warm, taken, "x = 10**30\nx") == 10**30
+    assert until_taken(warm, taken, "'long' * 10_000") == "long" * 10_000
+    for _ in range(5):
+        with pytest.raises(error, match="ZeroDivisionError"):
+            warm.execute("1/0")
+        with pytest.raises(SyntaxError):
+            warm.execute("1 +")
+        assert warm.execute("SUBMIT(answer=4)").output == {"answer": 4}
+    assert warm.execute("x") == 10**30
+
+
+def test_variables_and_new_tools_arrive(warm: SandboxInterpreter) -> None:
+    text = "t" * 20_000
+    for _ in range(3):
+        assert warm.execute("len(text)", {"text": text}) == 20_000
+    warm.tools["triple"] = lambda n: 3 * n
+    assert warm.execute("triple(n) + double(n)", {"n": 2}) == 10
+    del warm.tools["triple"]
+    with pytest.raises(contract().code_error, match="NameError"):
+        warm.execute("triple(1)")
+
+
+def test_output_and_tool_calls_are_not_lost(warm: SandboxInterpreter) -> None:
+    for number in range(20):
+        assert warm.execute(f"print({number})") == f"{number}\n"
+        assert warm.execute(f"double({number})") == 2 * number
+
+
+def test_what_the_worker_says_late_the_broker_is_asked_for(
+    warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm.execute("runs = 0")
+    monkeypatch.setattr(lane, "_TRUSTED_S", 0.0)
+    for number in range(1, 4):
+        assert warm.execute("runs += 1\nruns") == number
+
+
+def test_garbage_on_the_lane_ends_the_lane_and_nothing_else(warm: SandboxInterpreter, taken: Taken) -> None:
+    warm.execute("runs = 0")
+    for number in range(1, 8):
+        assert warm.execute(FIND_LANE + "runs += 1\nif lane: lane._sock.send(b'\\xff' * 64)\nruns") == number
+        assert warm.execute("runs") == number
+    before = taken.count
+    assert warm.execute("runs") == 7
+    assert taken.count == before  # five times were enough
+
+
+def test_a_lane_that_code_closes_is_made_anew(warm: SandboxInterpreter, taken: Taken) -> None:
+    for _ in range(2):
+        assert warm.execute(FIND_LANE + "lane._sock.shutdown(2)\n5") == 5
+        assert until_taken(warm, taken, "6") == 6
+
+
+def test_a_forged_result_is_the_forgers_own_and_its_deadline_holds(broker: InProcessBroker) -> None:
+    provider = FakeProvider(broker)
+    with SandboxInterpreter(provider=provider, settings=SETTINGS, execution_timeout_s=1.5) as interpreter:
+        for _ in range(3):
+            interpreter.execute("1")
+        assert interpreter.execute(FORGE + "while True: pass") == "forged"
+        assert interpreter.execute("'next'") == "next"
+
+
+def test_ctrl_c_stops_what_came_on_the_lane_and_keeps_the_session(warm: SandboxInterpreter, taken: Taken) -> None:
+    until_taken(warm, taken, "kept = 3\nkept")
+    warm.tools["press"] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        warm.execute("press()\nwhile True: pass")
+    assert warm.execute("kept") == 3
+    assert until_taken(warm, taken, "kept") == 3
+
+
+def test_shutdown_from_another_thread_ends_what_came_on_the_lane(warm: SandboxInterpreter) -> None:
+    warm.tools["stop"] = lambda: threading.Thread(target=warm.shutdown).start()
+    with pytest.raises(SessionLost) as caught:
+        warm.execute("stop()\nwhile True: pass")
+    assert caught.value.reason == "shutdown"
+
+
+def test_without_descriptors_there_is_no_lane_and_nothing_else_changes(
+    warm: SandboxInterpreter, taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lane, "open", lambda exchange, path: None)
+    warm._session.client._lanes._drop()  # type: ignore[union-attr]
+    assert [warm.execute(f"{number}") for number in range(5)] == list(range(5))
+    assert taken.count == 0
+
+
+def test_a_forked_child_leaves_the_parents_lane_alone(warm: SandboxInterpreter, taken: Taken) -> None:
+    until_taken(warm, taken, "1")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if warm._session.client._lanes._ready("another", "x&epoch=1") is None else 1)  # type: ignore[union-attr]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert until_taken(warm, taken, "2") == 2
+
+
+def test_descriptors_do_not_add_up(broker: InProcessBroker) -> None:
+    def rounds(count: int) -> int:
+        for _ in range(count):
+            with SandboxInterpreter(provider=FakeProvider(broker), settings=SETTINGS) as made:
+                for _ in range(3):
+                    made.execute("1")
+        return len(os.listdir("/proc/self/fd"))
+
+    before = rounds(3)
+    assert rounds(10) <= before + 3
