@@ -374,7 +374,9 @@ class Session:
             execution.told = report.told
             self._end(execution, report.outcome, report.error, report)
         else:
-            self._end(execution, cause, explain(cause, execution, report.error))
+            # Its value does not count any more, but both sides must go on with the same pipe.
+            stopped = dataclasses.replace(report, value=None, display=None, blobs=())
+            self._end(execution, cause, explain(cause, execution, report.error), stopped)
 
     def _lose(self, reason: str) -> None:
         if self.lost is not None:

@@ -7,6 +7,7 @@ not over in a moment. So whatever comes second is thrown away, by its execution'
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections import deque
@@ -72,6 +73,8 @@ class Inbox:
                 if self._lane is not None:
                     self._seen.append(message.header["execution_id"])
                 return message
+            elif message.fd is not None:
+                os.close(message.fd)
 
     def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob]) -> bytes | None:
         """Return the frame that tells the host a result on the lane, or None where it is the broker's to bring."""
