@@ -19,6 +19,7 @@ from broker.protocol.messages import (
     Claim,
     ClaimRequest,
     ExecuteRequest,
+    HeldBy,
     Progress,
     StartedCall,
     ToolCallRequest,
@@ -49,6 +50,9 @@ class LiveSession:
         clock: Monotonic seconds.
         name: Chosen by the host, or None.
         secret_names: Names of the secrets that its worker was given.
+        keep: Whether clients leave it as it is when they go.
+        ttl_s: Idle time in seconds after which it ends, or None.
+        held_by: Who opened it, or None.
     """
 
     def __init__(
@@ -60,6 +64,9 @@ class LiveSession:
         *,
         name: str | None = None,
         secret_names: Sequence[str] = (),
+        keep: bool = False,
+        ttl_s: float | None = None,
+        held_by: HeldBy | None = None,
     ) -> None:
         self._room = WaitingRoom(clock)
         self._incoming_bytes = 0
@@ -73,12 +80,16 @@ class LiveSession:
             on_deadline=self._deadline_moved,
             name=name,
             secret_names=secret_names,
+            keep=keep,
+            ttl_s=ttl_s,
+            held_by=held_by,
         )
         self._alarm = Alarm(self.core.next_deadline, self.core.tick, clock)
+        self._alarm.check()
 
-    def attach(self, expected: int | None) -> Attached:
+    def attach(self, expected: int | None, held_by: HeldBy | None = None) -> Attached:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
-        started = self.core.attach(expected)
+        started = self.core.attach(expected, held_by)
         execution = self.core.running or self.core.executions.latest()
         return Attached(
             epoch=self.core.epoch,

@@ -58,6 +58,7 @@ from host_client.errors import (
     SandboxTooWeak,
     SessionBusy,
     SessionLost,
+    SessionNameTaken,
     SetupError,
     UnknownPool,
     UnknownRun,
@@ -74,13 +75,19 @@ if TYPE_CHECKING:
     from host_client.pool import SandboxPool as SandboxPool
     from host_client.pool_registry import get_pool as get_pool
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
+    from host_client.sessions import SessionStatus as SessionStatus
+    from host_client.sessions import close_session as close_session
+    from host_client.sessions import list_sessions as list_sessions
 
 _LAZY = {
     "Budget": "host_client.budgets",
     "SandboxInterpreter": "host_client.interpreter",
     "SandboxPool": "host_client.pool",
     "ScriptedBroker": "host_client.scripted_broker",
+    "SessionStatus": "host_client.sessions",
+    "close_session": "host_client.sessions",
     "get_pool": "host_client.pool_registry",
+    "list_sessions": "host_client.sessions",
 }
 
 __all__ = [
@@ -122,6 +129,8 @@ __all__ = [
     "ScriptedBroker",
     "SessionBusy",
     "SessionLost",
+    "SessionNameTaken",
+    "SessionStatus",
     "SetupError",
     "ToolEvent",
     "UnknownPool",
@@ -129,8 +138,10 @@ __all__ = [
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
+    "close_session",
     "current_call",
     "get_pool",
+    "list_sessions",
     "progress",
     "tool",
     "wait_for_endings",

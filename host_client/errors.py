@@ -27,6 +27,7 @@
     ├ ProtocolMismatch                host and image speak different versions
     ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
     │ ├ SessionBusy                   an execution is already running in this session
+    │ ├ SessionNameTaken              the sandbox has a session of that name already
     │ ├ LeaseExpired                  a result came too late; somebody else holds the call
     │ ├ Fenced                        another client attached to the session; this one is out
     │ └ CallGone                      a result came for a call that was cancelled
@@ -223,6 +224,12 @@ class SessionBusy(BrokerError):
     code = "session_busy"
 
 
+class SessionNameTaken(BrokerError):
+    """The sandbox has a living session of that name already; the message says who holds it."""
+
+    code = "session_name_taken"
+
+
 class LeaseExpired(BrokerError):
     """The result arrived after the lease ended and another holder took over; the tool may have run."""
 
@@ -353,7 +360,8 @@ class SessionLost(SandboxError):
         message: What happened.
         reason: ``deadline``, ``interrupted``, ``output_limit``, ``oom``, ``killed``, ``crashed(SIGNAL)``,
             ``exited(N)``, ``removed``, ``engine_gone``, ``unresponsive`` (the broker no longer answers), ``protocol``,
-            ``fenced`` (another client attached to the session: there it goes on) or ``shutdown``.
+            ``fenced`` (another client attached to the session: there it goes on), ``expired`` (it was idle for longer
+            than its time to live) or ``shutdown``.
     """
 
     code = "session_lost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import weakref
@@ -33,7 +34,7 @@ from host_client.results import ExecutionRecord, deliver, lost_session, read_rec
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
 from host_client.sandbox_tools import check_shipped
 from host_client.secret_values import Secrets
-from host_client.settings import SandboxSettings
+from host_client.settings import DEFAULT_SANDBOX, SandboxSettings
 from host_client.tool_definitions import ToolTable, named_tools
 from host_client.tool_limits import ToolLimits
 from host_client.tool_runner import ToolCalls
@@ -73,6 +74,8 @@ class SandboxInterpreter:
         artifacts_to: Folder where the session's artefacts are saved after each execution; see ``artifacts``.
         budget: Limits of each run, nested runs included; see ``host_client.Budget``.
         pool: A pool to take the sandbox from, or the name of one; settings, secrets and provider are the pool's.
+        keep: Leave the session as it is at ``shutdown`` and at the end of the program, for whoever attaches; it must
+            have a name and be in a named sandbox. See ``create()``.
 
     Raises:
         BadSetting: An argument that cannot work.
@@ -98,6 +101,7 @@ class SandboxInterpreter:
         artifacts_to: str | os.PathLike[str] | None = None,
         budget: Budget | None = None,
         pool: SandboxPool | str | None = None,
+        keep: bool = False,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -116,6 +120,7 @@ class SandboxInterpreter:
             budget=budget,
             pool=pool,
             provider=provider,
+            keep=keep,
         )
         self._tools: dict[str, Callable[..., Any]] = named_tools(tools)
         self.output_fields = output_fields
@@ -126,7 +131,7 @@ class SandboxInterpreter:
         self.last_result: ExecutionRecord | None = None
         self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
-        self._session_name, self._address = session, attach
+        self._session_name, self._address, self._keep = session, attach, keep
         self._idempotent, self._given_journal, self._budget = tuple(idempotent), journal, budget
         self._dspy = contract()
         self._table = ToolTable(idempotent)
@@ -156,8 +161,43 @@ class SandboxInterpreter:
         return InterpreterFactory(cls, keywords)
 
     @classmethod
+    def create(
+        cls, name: str, *, sandbox: str = DEFAULT_SANDBOX, ttl_s: float | None = None, **keywords: Any
+    ) -> SandboxInterpreter:
+        """Open a named session that stays when this program ends, in a sandbox that runs already.
+
+            with SandboxInterpreter.create("novel", ttl_s=8 * 3600) as interpreter:
+                interpreter.execute("x = 41")                        # one program
+            SandboxInterpreter.attach("novel").execute("x + 1")      # another one, hours later
+            host_client.close_session("novel")                       # a third one
+
+        ``shutdown``, the end of the program and a crash leave the session as it is; an execution that runs goes on.
+        ``host_client.close_session`` ends it, and so does its time to live.
+
+        Args:
+            name: Found by it; there is one living session of a name in a sandbox.
+            sandbox: The sandbox's name: ``rlm-sandbox up`` starts one.
+            ttl_s: Seconds without an execution after which the broker ends it, by its own clock; by default what the
+                settings say (``session_ttl_s``), or None for no end.
+            keywords: As for the constructor.
+
+        Raises:
+            UnknownSandbox: It does not run.
+            SessionNameTaken: There is a session of that name; says who holds it.
+            SandboxError: As ``start``.
+        """
+        if ttl_s is not None:
+            settings = keywords.get("settings") or SandboxSettings.from_environment()
+            keywords["settings"] = dataclasses.replace(settings, session_ttl_s=ttl_s)
+        interpreter = cls(session=name, sandbox=sandbox, keep=True, **keywords)
+        interpreter.start()
+        return interpreter
+
+    @classmethod
     def attach(cls, name_or_id: str, **keywords: Any) -> SandboxInterpreter:
-        """Go on with a session whose host process is gone: its namespace is as it was, nothing ran twice.
+        """Go on with a session whose program is gone: its namespace is as it was, nothing ran twice.
+
+        One that was made with ``create`` is left as it is at ``shutdown``; another one ends with this interpreter.
 
         An older client that still lives is fenced: what it does from now on changes nothing in the session.
 
@@ -174,7 +214,7 @@ class SandboxInterpreter:
             keywords: As for the constructor; the tools are not sent over by the old process.
 
         Raises:
-            UnknownSession: It is not there (any more), or several are meant.
+            UnknownSession: It is not there (any more), or several are meant; names those that there are.
             ForeignSession: It is in a sandbox of another user.
             Fenced: Somebody else attached at the same moment.
             SessionLost: Its namespace is gone.
@@ -297,7 +337,7 @@ class SandboxInterpreter:
 
     @observed
     def shutdown(self, *, wait: bool = False) -> None:
-        """End the session, and its sandbox if it is this interpreter's own.
+        """End the session, and its sandbox if it is this interpreter's own; or let go of one that is kept.
 
         Idempotent, and safe from another thread, from a tool, and while ``execute`` runs, which then raises. A
         container is removed in the background; the exit of the process waits for that, and so does
@@ -343,6 +383,7 @@ class SandboxInterpreter:
             artifacts_to=self._artifacts_to,
             budget=self._budget,
             pool=self._pool,
+            keep=self._keep,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -530,7 +571,13 @@ class SandboxInterpreter:
         if self._address is not None:
             return SandboxSession.attach(provider, self._address, journal=journal, secrets=secrets)
         return SandboxSession.open(
-            provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name, secrets=secrets
+            provider,
+            self.settings,
+            self._sandbox,
+            journal=journal,
+            session_name=self._session_name,
+            secrets=secrets,
+            keep=self._keep,
         )
 
     def _check_usable(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 
 import pytest
@@ -132,3 +133,16 @@ def test_what_code_prints_is_never_an_answer() -> None:
         printed = interpreter.execute("for line in lines: print(line)", {"lines": lines})
         assert printed.splitlines() == lines
         assert interpreter.execute("SUBMIT(answer='real')") == FinalOutput({"answer": "real"})
+
+
+def test_three_programs_share_a_session(capsys: pytest.CaptureFixture[str]) -> None:
+    sandbox = f"shared-session-{os.getpid()}"
+    assert load("shared_session").main(["--scripted", "--sandbox", sandbox]) == 0
+    texts = {page.stem: page.read_text(encoding="utf-8").split() for page in ROOT.glob("docs/decisions/*.md")}
+    longest = max(texts, key=lambda name: len(texts[name]))
+    assert capsys.readouterr().out.splitlines() == [
+        f"loaded {len(texts)} documents of {sum(map(len, texts.values())):,} words",
+        f"asked: the longest is {longest}, {len(texts[longest]):,} words",
+        "there is library: idle, held by nobody",
+        "closed; 0 are left",
+    ]
