@@ -43,7 +43,7 @@ class SessionStatus:
         holder_pid: Its process id, or None.
         holder_gone: Whether that process has certainly ended, so that nobody holds the session any more.
         kept: Whether it stays when the program ends that holds it.
-        executions: How many it has begun.
+        executions: How many it has begun; putting and getting files takes some, too.
         memory_bytes: What its worker takes besides files, or None where that cannot be told. What it shares with other
             sessions of its sandbox counts for each.
     """
