@@ -188,7 +188,8 @@ class SandboxInterpreter:
         """
         if ttl_s is not None:
             settings = keywords.get("settings") or SandboxSettings.from_environment()
-            keywords["settings"] = dataclasses.replace(settings, session_ttl_s=ttl_s)
+            if isinstance(settings, SandboxSettings):  # anything else is refused below
+                keywords["settings"] = dataclasses.replace(settings, session_ttl_s=ttl_s)
         interpreter = cls(session=name, sandbox=sandbox, keep=True, **keywords)
         interpreter.start()
         return interpreter

@@ -110,7 +110,7 @@ class SandboxSettings:
         _require("pids", self.pids >= 16, self.pids, "at least 16")
         _require("max_sessions", 1 <= self.max_sessions <= 64, self.max_sessions, "between 1 and 64")
         ttl_s = self.session_ttl_s
-        _require("session_ttl_s", ttl_s is None or MIN_TTL_S <= ttl_s <= MAX_TTL_S, ttl_s, "at least 0.1, or None")
+        _require("session_ttl_s", ttl_s is None or _is_ttl(ttl_s), ttl_s, "seconds, at least 0.1, or None")
         output = self.max_output_bytes
         _require("max_output_bytes", 1024 <= output <= limits.MOST_OUTPUT_BYTES, output, "between 1024 and 8388608")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
@@ -155,6 +155,10 @@ def _checked(name: str, parse: Callable[[Any], Any], raw: Any) -> Any:
 def _require(name: str, holds: bool, value: object, wanted: str) -> None:
     if not holds:
         raise BadSetting(f"setting {name}={value!r}: must be {wanted}")
+
+
+def _is_ttl(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and MIN_TTL_S <= value <= MAX_TTL_S
 
 
 def _parse_flag(raw: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -169,6 +170,25 @@ def test_what_cannot_be_kept_is_refused_at_once(keywords: dict[str, Any]) -> Non
             make(**keywords)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"name": "two words"}, "session"),
+        ({"name": ""}, "session"),
+        ({"sandbox": ""}, "sandbox"),
+        ({"sandbox": None}, "sandbox"),
+        ({"settings": "1g", "ttl_s": 60}, "settings"),
+        ({"attach": "novel"}, "attach"),
+    ],
+)
+def test_what_cannot_be_created_is_refused_by_name(
+    provider: FakeProvider, keywords: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(BadSetting, match=named):
+        SandboxInterpreter.create(**{"name": "novel", "sandbox": BOX, "provider": provider, **keywords})
+    assert list_sessions(provider=provider) == []
+
+
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_a_session_without_a_name_cannot_be_closed(provider: FakeProvider, name: Any) -> None:
     with pytest.raises(BadSetting, match="name or id"):
@@ -277,8 +297,8 @@ def test_the_setting_is_for_sessions_in_named_sandboxes(provider: FakeProvider) 
         assert the_session(provider).ttl_s == 60
 
 
-@pytest.mark.parametrize("ttl_s", [0, -5, 0.01, 1e15])
-def test_a_time_to_live_that_cannot_work_is_a_bad_setting(provider: FakeProvider, ttl_s: float) -> None:
+@pytest.mark.parametrize("ttl_s", [0, -5, 0.01, 1e15, math.nan, "60", True])
+def test_a_time_to_live_that_cannot_work_is_a_bad_setting(provider: FakeProvider, ttl_s: Any) -> None:
     with pytest.raises(BadSetting, match="session_ttl_s"):
         create(provider, ttl_s=ttl_s)
 
