@@ -69,6 +69,17 @@ def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     return printed
 
 
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLM_SANDBOX_PROVIDER": "docker", "COLUMNS": "80"}
     return subprocess.run(
@@ -131,20 +142,16 @@ except Exception as error: seen = type(error).__name__
 def test_of_programs_that_attach_at_once_one_goes_on(sandbox: str, image: str, provider: DockerProvider) -> None:
     ended(host(CREATE + "create().execute('x = 0')", image))
     racers = [host(ATTACH, image) for _ in range(2)]
-    pipes = [(racer.stdin, racer.stdout) for racer in racers]
-    for stdin, stdout in pipes:
-        assert stdin is not None
-        assert stdout is not None
-        assert stdout.readline() == "ready\n"
-    for step in range(2):  # all attach; then those that did execute
-        for stdin, _ in pipes:
-            stdin.write("go\n")  # type: ignore[union-attr]
-            stdin.flush()  # type: ignore[union-attr]
-        if step == 0:
-            began = [stdout.readline().strip() for _, stdout in pipes]  # type: ignore[union-attr]
-            assert set(began) <= {"attached", "fenced"}
-            assert "attached" in began
+    assert [heard(racer) for racer in racers] == ["ready", "ready"]
+    for racer in racers:
+        tell(racer)
+    began = [heard(racer) for racer in racers]
+    assert set(began) <= {"attached", "fenced"}
+    for racer, how in zip(racers, began, strict=True):
+        if how == "attached":
+            tell(racer)
     said = [ended(racer).strip() for racer in racers]
+    # Whoever attached last holds it; the other one was told at once, or is told when it executes.
     assert sorted(filter(None, said)) == ["1", *["fenced"] * (began.count("attached") - 1)]
     with SandboxInterpreter.attach(SESSION, provider=provider) as interpreter:
         assert interpreter.execute("x") == 1
