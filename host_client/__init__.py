@@ -54,8 +54,14 @@ from host_client.errors import (
     PreloadFailed,
     ProtocolMismatch,
     ProviderError,
+    RestoreFailed,
     SandboxError,
     SandboxTooWeak,
+    SavedFileDamaged,
+    SavedFileMismatch,
+    SavedFileNewer,
+    SavedSessionError,
+    SaveFailed,
     SessionBusy,
     SessionLost,
     SessionNameTaken,
@@ -74,6 +80,8 @@ if TYPE_CHECKING:
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
     from host_client.pool import SandboxPool as SandboxPool
     from host_client.pool_registry import get_pool as get_pool
+    from host_client.saving import RestoredSession as RestoredSession
+    from host_client.saving import SavedSession as SavedSession
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
     from host_client.sessions import SessionStatus as SessionStatus
     from host_client.sessions import close_session as close_session
@@ -81,8 +89,10 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Budget": "host_client.budgets",
+    "RestoredSession": "host_client.saving",
     "SandboxInterpreter": "host_client.interpreter",
     "SandboxPool": "host_client.pool",
+    "SavedSession": "host_client.saving",
     "ScriptedBroker": "host_client.scripted_broker",
     "SessionStatus": "host_client.sessions",
     "close_session": "host_client.sessions",
@@ -121,11 +131,19 @@ __all__ = [
     "PreloadFailed",
     "ProtocolMismatch",
     "ProviderError",
+    "RestoreFailed",
+    "RestoredSession",
     "SandboxError",
     "SandboxInterpreter",
     "SandboxPool",
     "SandboxSettings",
     "SandboxTooWeak",
+    "SaveFailed",
+    "SavedFileDamaged",
+    "SavedFileMismatch",
+    "SavedFileNewer",
+    "SavedSession",
+    "SavedSessionError",
     "ScriptedBroker",
     "SessionBusy",
     "SessionLost",

@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     secrets = add("secrets", _secrets, "are secrets there, and do they arrive in a sandbox; their values are not shown")
     secrets.add_argument("action", choices=["check"])
     secrets.add_argument("names", nargs="*", metavar="NAME", help="variables (default: those in RLM_SANDBOX_SECRETS)")
+    saved = add("inspect", _inspect, "what is in a saved session; nothing of it is run")
+    saved.add_argument("file", type=Path, metavar="FILE", help="a file that interpreter.save() wrote")
+    saved.add_argument("--json", action="store_true", help="one JSON object")
     add("doctor", _doctor, "does the boundary hold on this machine, and what would make it stronger")
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
     add("clean", _clean, "remove our containers, images and cached packages")
@@ -223,6 +226,12 @@ def _secrets(parsed: argparse.Namespace) -> int:
     import host_client.secrets_check as secrets_check
 
     return secrets_check.run(parsed.names, SandboxSettings.from_environment(), prepare=prepare)
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from host_client.saved_view import inspect
+
+    return inspect(parsed.file, as_json=parsed.json)
 
 
 def _demo(arguments: Sequence[str]) -> int:

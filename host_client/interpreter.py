@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from broker.protocol import limits
@@ -33,6 +34,8 @@ from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver, lost_session, read_record
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
 from host_client.sandbox_tools import check_shipped
+from host_client.saved_file import open_file
+from host_client.saving import RestoredSession, SavedSession, restore_session, save_session
 from host_client.secret_values import Secrets
 from host_client.settings import DEFAULT_SANDBOX, SandboxSettings
 from host_client.tool_definitions import ToolTable, named_tools
@@ -335,6 +338,44 @@ class SandboxInterpreter:
                 kwargs,
                 lambda: self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs)),
             )
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> SavedSession:
+        """Save the session's variables to a file, from which any sandbox can go on: ``restore``.
+
+        The session goes on unchanged. Modules are kept by name; functions and classes that code defined are kept, and
+        look their globals up where they are restored. What cannot be saved is named, with the reason, and everything
+        else is saved. Files of the session are not: see ``files``. The deadline is ``execution_timeout_s``.
+
+        Args:
+            path: The file; it appears complete or not at all, and only you may read it.
+            overwrite: Replace a file that is there.
+
+        Raises:
+            SaveFailed, DiskFull: Nothing was written, and the session is as it was.
+            SessionBusy: Code is running.
+            SandboxError: What ``execute`` raises.
+        """
+        with self._linked() as link:
+            return save_session(link, Path(path), overwrite=overwrite, timeout_s=self.execution_timeout_s)
+
+    def restore(self, path: str | os.PathLike[str], *, ignore_versions: bool = False) -> RestoredSession:
+        """Replace the session's variables by those of a saved session; tools and files stay as they are.
+
+        The file's content runs code, in the sandbox and nowhere else. The deadline is ``execution_timeout_s``.
+
+        Args:
+            path: A file of ``save``, from any machine.
+            ignore_versions: Try it with packages of other versions too; never with another minor version of Python.
+
+        Raises:
+            SavedFileDamaged, SavedFileNewer: The file is not what was saved, or is of a newer version of this package.
+            SavedFileMismatch: It was saved with another Python, or other versions of packages that it needs.
+            RestoreFailed: The sandbox could not do it.
+            SessionBusy: Code is running.
+            SandboxError: What ``execute`` raises. Except for ``SessionLost``, the session has its old variables still.
+        """
+        with open_file(Path(path)) as saved, self._linked() as link:
+            return restore_session(link, saved, ignore_versions=ignore_versions, timeout_s=self.execution_timeout_s)
 
     @observed
     def shutdown(self, *, wait: bool = False) -> None:
