@@ -374,7 +374,8 @@ class SandboxInterpreter:
             SessionBusy: Code is running.
             SandboxError: What ``execute`` raises. Except for ``SessionLost``, the session has its old variables still.
         """
-        with open_file(Path(path)) as saved, self._linked() as link:
+        # What is restored may run code for as long as an execution may.
+        with open_file(Path(path)) as saved, self._linked(self.execution_timeout_s) as link:
             return restore_session(link, saved, ignore_versions=ignore_versions, timeout_s=self.execution_timeout_s)
 
     @observed
@@ -459,24 +460,29 @@ class SandboxInterpreter:
         return self._deliver(record)
 
     @contextlib.contextmanager
-    def _linked(self) -> Iterator[Link]:
+    def _linked(self, step_timeout_s: float | None = STEP_TIMEOUT_S) -> Iterator[Link]:
         """Open the session where it is not, and keep executions off."""
         with self._alone:
             session = self._open()
             self._resume(session)
-            yield self._aside(session)
+            yield self._aside(session, step_timeout_s)
 
-    def _aside(self, session: SandboxSession) -> Link:
-        return Link(Aside(lambda code, variables: self._run_aside(session, code, variables)), session.masker)
+    def _aside(self, session: SandboxSession, step_timeout_s: float | None = STEP_TIMEOUT_S) -> Link:
+        def run(code: str, variables: dict[str, Any]) -> ExecutionRecord:
+            return self._run_aside(session, code, variables, step_timeout_s)
 
-    def _run_aside(self, session: SandboxSession, code: str, variables: dict[str, Any]) -> ExecutionRecord:
+        return Link(Aside(run), session.masker)
+
+    def _run_aside(
+        self, session: SandboxSession, code: str, variables: dict[str, Any], timeout_s: float | None
+    ) -> ExecutionRecord:
         """Run code of our own: ``last_result``, tools and fields stay as they are."""
         encoder = Encoder()
         request = ExecuteRequest(
             execution_id=os.urandom(16).hex(),
             code=code,
             variables={name: encoder.encode(value, name) for name, value in variables.items()},
-            timeout_s=STEP_TIMEOUT_S,
+            timeout_s=timeout_s,
         )
         record = self._run(session, request, encoder)
         if record.session_lost is not None:

@@ -251,15 +251,15 @@ class SavedFile:
             raise self._damaged("it is no saved session")
         if len(start) < _PREFIX.size:
             raise self._damaged("it was cut off")
-        _, found_format, _, payload_bytes, header_bytes, digest = _PREFIX.unpack(start)
+        _, found_format, reserved, payload_bytes, header_bytes, digest = _PREFIX.unpack(start)
         if found_format != FORMAT:
             raise SavedFileNewer(
                 f"it has format {found_format}, and this version of rlm-sandbox reads format {FORMAT}",
                 path=str(self.path),
                 help="restore it with the version that saved it, or a newer one",
             )
-        if header_bytes > _MAX_HEADER_BYTES or self.size != _PREFIX.size + payload_bytes + header_bytes:
-            raise self._damaged(f"it has {self.size:,} bytes, which is not what was saved")
+        if reserved or header_bytes > _MAX_HEADER_BYTES or self.size != _PREFIX.size + payload_bytes + header_bytes:
+            raise self._damaged(f"it has {self.size:,} bytes, and its beginning says otherwise")
         self._file.seek(_PREFIX.size + payload_bytes)
         data = self._file.read(header_bytes)
         if hashlib.sha256(data).digest() != digest:
@@ -303,7 +303,8 @@ def open_file(path: Path) -> Iterator[SavedFile]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise SavedFileDamaged(f"it cannot be read: {error.strerror}", path=str(path)) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SavedFileDamaged("it is no regular file", path=str(path))
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise SavedFileDamaged("it is no regular file", path=str(path))
         yield SavedFile(path, file)

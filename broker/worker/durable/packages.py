@@ -22,7 +22,10 @@ def versions(packages: Iterable[str]) -> dict[str, Any]:
         ``{"python", "can", "packages": {name: version, or "" where it is not there}}``; ``can`` tells whether there is
         what saving and restoring take.
     """
-    can = importlib.util.find_spec("cloudpickle") is not None
+    try:
+        can = importlib.util.find_spec("cloudpickle") is not None
+    except ImportError:
+        can = False
     return {
         "python": platform.python_version(),
         "can": can,

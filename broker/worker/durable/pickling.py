@@ -18,7 +18,7 @@ from broker.worker.durable.obstacles import Obstacle, word_for
 PROTOCOL = 5
 #: Files of restored code: no execution of the new session has one of these.
 _SAVED_PREFIX = f"{FILENAME_PREFIX}saved "
-_PROXY_MODULES = ("broker.worker.proxies", "broker.worker.submit")
+_PROXY_MODULES = ("broker.worker.proxies", "broker.worker.submit", "broker.worker.durable.rebuild")
 _FUNCTION_PARTS = ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__")
 _CACHED = type(functools.lru_cache(lambda: None))
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -87,7 +87,7 @@ def pickler_class() -> Callable[..., Any]:
             if kind is types.FunctionType:
                 if obj.__globals__ is self._namespace:
                     return self._reduce_function(obj)
-                if is_tool(obj):
+                if is_tool(obj) and obj.__closure__:
                     return rebuild.tool, (obj.__name__,)
             elif kind is types.CodeType:
                 return rebuild.code, (marshal.dumps(self._renamed(obj)),)

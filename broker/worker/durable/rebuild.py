@@ -55,16 +55,19 @@ def set_function(made: types.FunctionType, state: dict[str, Any]) -> None:
 
 
 def tool(name: str) -> Any:
-    """Return the tool of this name that the restored session has; one that it has not fails when it is called."""
-    found = namespace().get(name)
-    if found is not None:
-        return found
+    """Return the tool of this name that the restored session has, or one that looks for it when it is called."""
+    target = namespace()
+    if name in target:
+        return target[name]
 
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise NameError(f"the tool {name!r} of the saved session is not among the tools of this one")
+    def later(*args: Any, **kwargs: Any) -> Any:
+        found = target.get(name)
+        if found is None:
+            raise NameError(f"the tool {name!r} of the saved session is not among the tools of this one")
+        return found(*args, **kwargs)
 
-    missing.__name__ = missing.__qualname__ = name
-    return missing
+    later.__name__ = later.__qualname__ = name
+    return later
 
 
 def cached(wrapped: Any, parameters: dict[str, Any]) -> Any:

@@ -12,9 +12,8 @@ from typing import Any
 
 from broker.worker.display import safe_str, type_name
 from broker.worker.durable import rebuild
-from broker.worker.durable.pickling import is_tool
 from broker.worker.durable.tolerant import TolerantUnpickler
-from broker.worker.durable.writing import OWN_NAMES
+from broker.worker.durable.writing import belongs_to_session
 
 _MAX_REASON_CHARS = 300
 
@@ -94,7 +93,7 @@ def load(namespace: dict[str, Any], tolerant: bool) -> dict[str, Any]:
 
 
 def _load(namespace: dict[str, Any], tolerant: bool) -> dict[str, Any]:
-    stays = {name: value for name, value in namespace.items() if name in OWN_NAMES or is_tool(value)}
+    stays = {name: value for name, value in namespace.items() if not belongs_to_session(name, value)}
     namespace.clear()
     namespace.update(stays)
     reader: Any = (TolerantUnpickler if tolerant else pickle.Unpickler)(_Chunks(_arrived))

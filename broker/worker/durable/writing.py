@@ -15,11 +15,16 @@ from broker.worker.durable.packages import needed_by
 from broker.worker.durable.pickling import is_tool, pickler_class
 
 #: Of the module and of the REPL, not of the session's code.
-OWN_NAMES = frozenset({"__builtins__", "__name__", "__doc__", "__package__", "__loader__", "__spec__"})
+_OWN_NAMES = frozenset({"__builtins__", "__name__", "__doc__", "__package__", "__loader__", "__spec__"})
 #: A longer one is not what a program would call something.
 MAX_NAME_CHARS = 500
 _MAX_TYPE_CHARS = 100
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
+
+
+def belongs_to_session(name: Any, value: Any) -> bool:
+    """Tell whether a variable is the session's, and not one that every session has, such as its tools."""
+    return not (name in _OWN_NAMES or (is_tool(value) and value.__name__ == name))
 
 
 class Sink:
@@ -97,7 +102,7 @@ def write(
     saved: list[list[Any]] = []
     not_saved: dict[str, str] = {}
     for name, value in list(namespace.items()):
-        if name in OWN_NAMES or (is_tool(value) and value.__name__ == name):
+        if not belongs_to_session(name, value):
             continue
         if type(name) is not str or not name.isprintable() or not 0 < len(name) <= MAX_NAME_CHARS:
             not_saved[ascii(name)[:MAX_NAME_CHARS]] = "a name that is no ordinary text"
