@@ -106,6 +106,14 @@ def test_tool_runs_in_the_sandbox_and_the_host_is_not_called(capsys: pytest.Capt
     assert [call.name for call in History().find(run.id).calls if call.kind == "tool"] == ["llm_query"]
 
 
+def test_a_saved_session_goes_on_in_another_sandbox(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output_of("save_and_restore", capsys).splitlines() == [
+        "saved: defaultdict, fmean, readings, line, sensor, degrees, mean",
+        "not saved: torn, generator",
+        "warmest: roof",
+    ]
+
+
 def test_three_pools_keep_state_where_it_is_strict_and_print_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of("three_pools", capsys)
     answers, *runs = re.split(r"^\w{8} RLM ", printed, flags=re.MULTILINE)
