@@ -207,10 +207,9 @@ def _put(unfinished: str, path: Path, *, overwrite: bool) -> None:
             require_free(path, overwrite=False)
             os.replace(unfinished, path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with contextlib.suppress(OSError):  # not every file system can; the file itself is safe
         os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.close(folder)
 
 
 class SavedFile:

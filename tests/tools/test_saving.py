@@ -174,6 +174,12 @@ for _ in range(100_000): deep = [deep]
 frame = sys._getframe()
 shared = ["kept"]
 half = [shared, g]
+import types
+made = sys.modules["made"] = types.ModuleType("made")
+exec("class Inside: pass\\ndef f(): return 1", vars(made))
+of_made = [made.Inside()]
+unlisted = types.ModuleType("unlisted")
+unlisted.value = [1]
 also = shared
 def later(): return g
 globals()[5] = globals()["\\x1b[31m"] = 1
@@ -192,10 +198,12 @@ globals()[5] = globals()["\\x1b[31m"] = 1
         "deep": "nested too deeply",
         "frame": "stack frame",
         "half": "half[1]: generator",
+        "made": "of the module 'made', which code made and no file",
+        "of_made": "of the module 'made', which code made and no file",
         "5": "a name that is no ordinary text",
         "'\\x1b[31m'": "a name that is no ordinary text",
     }
-    assert {"Box", "shared", "also", "later", "closes_over"} <= set(saved.saved)
+    assert {"Box", "unlisted", "shared", "also", "later", "closes_over"} <= set(saved.saved)
     restored = make()
     assert restored.restore(file).not_saved == saved.not_saved
     assert restored.execute("[shared is also, also, 'half' in globals()]") == [True, ["kept"], False]

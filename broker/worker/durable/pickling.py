@@ -6,6 +6,7 @@ import functools
 import hashlib
 import linecache
 import marshal
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -101,12 +102,11 @@ def pickler_class() -> Callable[..., Any]:
             return super().reducer_override(obj)
 
         def _note(self, obj: Any, kind: type) -> None:
-            if kind is types.ModuleType:
-                self.modules.add(obj.__name__)
-            elif isinstance(obj, _NAMED):
-                module = obj.__module__
-                if type(module) is str:
-                    self.modules.add(module)
+            name = obj.__name__ if kind is types.ModuleType else obj.__module__ if isinstance(obj, _NAMED) else None
+            if type(name) is str:
+                if name not in self.modules and not _can_be_imported(name):
+                    raise Obstacle(f"of the module {name!r}, which code made and no file")
+                self.modules.add(name)
             else:
                 if kind not in self._words:
                     self._words[kind] = word_for(kind)
@@ -142,6 +142,11 @@ def pickler_class() -> Callable[..., Any]:
             return self._files[name]
 
     return NamespacePickler
+
+
+def _can_be_imported(name: str) -> bool:
+    """Tell whether a module comes from the import system; one that is not in ``sys.modules`` is saved as a value."""
+    return name == "__main__" or name not in sys.modules or getattr(sys.modules[name], "__spec__", None) is not None
 
 
 def _is_set(cell: types.CellType) -> bool:

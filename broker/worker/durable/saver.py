@@ -41,7 +41,6 @@ class _Saving:
         progress: The variable that the child is at.
         pid: The child, or 0 once it was reaped.
         report: What was read of the report.
-        done: Whether the child has closed its end: it ends by itself.
     """
 
     fd: int
@@ -49,7 +48,6 @@ class _Saving:
     progress: mmap.mmap
     pid: int
     report: bytearray = dataclasses.field(default_factory=bytearray)
-    done: bool = False
 
 
 #: State of the process, which is one session's.
@@ -101,8 +99,7 @@ def wait(wait_s: float) -> dict[str, Any]:
     while select.select([saving.news], [], [], max(0.0, until - time.monotonic()))[0]:
         data = os.read(saving.news, _READ_BYTES)
         saving.report += data
-        saving.done = not data
-        if saving.done or len(saving.report) > _MAX_REPORT_BYTES:
+        if not data or len(saving.report) > _MAX_REPORT_BYTES:
             return {"report": _report(saving)}
     return {"at": _at(saving)}
 
@@ -151,13 +148,12 @@ def _report(saving: _Saving) -> dict[str, Any]:
 
 
 def _reap(saving: _Saving) -> int:
-    """Make sure that the child has ended; return how."""
+    """Make sure that the child has ended; return how: one that is ending by itself has its status by now."""
     pid, saving.pid = saving.pid, 0
     if not pid:
         return 0
     try:
-        if not saving.done:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except (ProcessLookupError, ChildProcessError):  # generated code waits for all children, or ignores their ends
         return 0
