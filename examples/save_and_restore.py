@@ -31,10 +31,9 @@ def main(argv: Sequence[str] = ()) -> int:
     with example_model(scripted, only_scripted=options.scripted), tempfile.TemporaryDirectory() as folder:
         path = options.file or Path(folder) / "cleaned.saved"
         saved = clean(path)
-        # DSPy and the REPL have names of their own in a session.
-        print(f"saved: {', '.join(name for name in saved.saved if 'dspy' not in name and name[0] != '_')}")
-        for name, reason in saved.not_saved.items():
-            print(f"not saved: {name}, {reason}")
+        print(f"saved: {', '.join(filter(is_ours, saved.saved))}")
+        for name in filter(is_ours, saved.not_saved):
+            print(f"not saved: {name}, {saved.not_saved[name]}")
         print(f"warmest: {ask(path)}")
     return 0
 
@@ -44,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scripted", action="store_true", help="let a script play the model")
     parser.add_argument("--file", type=Path, help="keep the saved session here")
     return parser
+
+
+def is_ours(name: str) -> bool:
+    """Tell the code's variables from those that DSPy has in each session of an RLM."""
+    return "dspy" not in name and not name.startswith("_")
 
 
 def make_lines(count: int = 5000) -> list[str]:
