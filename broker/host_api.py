@@ -13,11 +13,11 @@ from flask import Blueprint, Flask, Response, current_app, request
 import broker
 from broker import host_requests, protocol
 from broker.bodies import read_body, read_optional_body, reply
-from broker.errors import LeaseExpired
+from broker.errors import LeaseExpired, SessionBusy
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
-from broker.protocol.messages import OpenRequest, Verdict
+from broker.protocol.messages import HeldBy, OpenRequest, Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
 from broker.query import query_number
@@ -93,13 +93,18 @@ def self_test() -> Response:
 def open_session() -> Response:
     """201: a new session. Body: OpenRequest or none. 409 ``session_name_taken``; 429 ``too_many_sessions``; 503."""
     wanted = OpenRequest.from_json(read_optional_body(request))
-    return reply(_describe(_plane().sessions.open(wanted.name, wanted.secrets)), status=201)
+    return reply(_describe(_plane().sessions.open(wanted)), status=201)
 
 
 @host_api.get("/sessions")
 def list_sessions() -> Response:
-    """200: every session that was opened and not closed, lost ones too."""
-    return reply({"sessions": [_describe(session) for session in _plane().sessions]})
+    """200: every session that was opened and not closed, lost ones too. Query: ``memory`` (0), 1 to have it read."""
+    sessions = _plane().sessions
+    described = [_describe(session) for session in sessions]
+    if query_number(request.args, "memory", 0) != 0:
+        for each in described:
+            each["memory_bytes"] = sessions.memory_bytes(sessions[each["session_id"]])
+    return reply({"sessions": described})
 
 
 @host_api.get("/sessions/<session_id>")
@@ -110,17 +115,30 @@ def show_session(session_id: str) -> Response:
 
 @host_api.post("/sessions/<session_id>/attach")
 def attach(session_id: str) -> Response:
-    """200: Attached; the session is the caller's. Body: ``{"epoch"}`` or none. 409 ``fenced``; 410 ``session_lost``."""
+    """200: Attached; the session is the caller's. Body: Attach or none. 409 ``fenced``; 410 ``session_lost``."""
     session = _plane().sessions[session_id]
     read = Reader(read_optional_body(request), "attach")
     expected = read.integer("epoch", low=1) if read.has("epoch") else None
-    return reply(session.attach(expected).to_json())
+    return reply(session.attach(expected, HeldBy.optional(read)).to_json())
+
+
+@host_api.post("/sessions/<session_id>/detach")
+def detach(session_id: str) -> Response:
+    """200: the session, which nobody holds now. 404 ``unknown_session``; 409 ``fenced``."""
+    read_optional_body(request)
+    session = _plane().sessions[session_id]
+    _check_epoch(session)
+    session.detach()
+    return reply(_describe(session))
 
 
 @host_api.delete("/sessions/<session_id>")
 def close_session(session_id: str) -> Response:
-    """200: its processes and files are gone. 404 ``unknown_session``; 409 ``fenced``."""
-    _check_epoch(_plane().sessions[session_id])
+    """200: its processes and files are gone. 404 ``unknown_session``; 409 ``fenced``, ``session_busy`` (``idle=1``)."""
+    session = _plane().sessions[session_id]
+    _check_epoch(session)
+    if query_number(request.args, "idle", 0) != 0 and session.core.running is not None:
+        raise SessionBusy(f"the execution {session.core.running.execution_id} is running in this session")
     _plane().sessions.close(session_id)
     return reply({"session_id": session_id, "state": "closed"})
 
@@ -241,6 +259,11 @@ def _describe(session: LiveSession) -> JsonObject:
         "lost": core.lost,
         "execution_id": None if core.running is None else core.running.execution_id,
         "age_s": round(core.age_s(), 3),
+        "idle_s": round(core.idle_s(), 3),
+        "keep": core.keep,
+        "ttl_s": core.idleness.ttl_s,
+        "held_by": None if core.held_by is None else core.held_by.to_json(),
+        "executions": core.executed,
     }
 
 

@@ -20,6 +20,7 @@ from broker.protocol.messages import (
     Claim,
     ClaimRequest,
     ExecuteRequest,
+    HeldBy,
     Progress,
     StartedCall,
     ToolCallRequest,
@@ -50,6 +51,9 @@ class LiveSession:
         clock: Monotonic seconds.
         name: Chosen by the host, or None.
         secret_names: Names of the secrets that its worker was given.
+        keep: Whether clients leave it as it is when they go.
+        ttl_s: Idle time in seconds after which it ends, or None.
+        held_by: Who opened it, or None.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class LiveSession:
         *,
         name: str | None = None,
         secret_names: Sequence[str] = (),
+        keep: bool = False,
+        ttl_s: float | None = None,
+        held_by: HeldBy | None = None,
     ) -> None:
         self._room = WaitingRoom(clock)
         self._worker = worker
@@ -78,13 +85,17 @@ class LiveSession:
             catch_up=self.catch_up,
             name=name,
             secret_names=secret_names,
+            keep=keep,
+            ttl_s=ttl_s,
+            held_by=held_by,
         )
         self._alarm = Alarm(self.core.next_deadline, self.core.tick, clock)
+        self._alarm.check()
 
-    def attach(self, expected: int | None) -> Attached:
+    def attach(self, expected: int | None, held_by: HeldBy | None = None) -> Attached:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
         self.catch_up()  # what the old one has begun was begun, also where it is not read yet
-        started = self.core.attach(expected)
+        started = self.core.attach(expected, held_by)
         self._worker.close_lane()
         execution = self.core.running or self.core.executions.latest()
         return Attached(
@@ -93,6 +104,12 @@ class LiveSession:
             running=execution is not None and execution.running,
             started=tuple(_started(call) for call in started),
         )
+
+    def detach(self) -> None:
+        """Let go of the session for whoever holds it; it goes on with what it does."""
+        self.catch_up()
+        self.core.detach()
+        self._worker.close_lane()
 
     def resolve_call(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
         """Take the holder's word for a call that an older one had started."""

@@ -13,11 +13,20 @@ from typing import Any, Protocol
 
 from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
 from broker.executions import Execution, ExecutionStore, explain
+from broker.idleness import Idleness
 from broker.output import Output
 from broker.protocol import limits, reading
 from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
-from broker.protocol.messages import CallState, ErrorInfo, ExecuteRequest, ExecutionResult, Outcome, ToolCallRequest
+from broker.protocol.messages import (
+    CallState,
+    ErrorInfo,
+    ExecuteRequest,
+    ExecutionResult,
+    HeldBy,
+    Outcome,
+    ToolCallRequest,
+)
 from broker.stopwatch import Stopwatch
 from broker.tool_calls import Clock, ToolCall, ToolCallQueue
 
@@ -28,6 +37,9 @@ EXIT_REASON_WAIT_S = 0.5
 
 #: A worker sends one frame for each execution. A few may be late; a flood of them is meant to keep us busy.
 MAX_STRAY_FRAMES = 100
+
+#: Why a session is lost whose time to live is over.
+EXPIRED = "expired"
 
 #: Why the session is lost when the worker did not stop in time.
 _IGNORED_INTERRUPT = {
@@ -91,9 +103,13 @@ class Session:
             sent before, is read now.
         name: Chosen by the host, to find the session by; or None.
         secret_names: Names of the secrets that the worker was given.
+        keep: Whether clients leave it as it is when they go.
+        ttl_s: Idle time in seconds after which it ends, or None.
+        held_by: Who opened it, or None.
 
     Attributes:
         epoch: Counts the clients that held the session; the newest one alone is listened to.
+        executed: How many executions were started.
     """
 
     def __init__(
@@ -109,9 +125,15 @@ class Session:
         catch_up: Callable[[], None] = lambda: None,
         name: str | None = None,
         secret_names: Sequence[str] = (),
+        keep: bool = False,
+        ttl_s: float | None = None,
+        held_by: HeldBy | None = None,
     ) -> None:
         self.session_id, self.slot, self.name = session_id, slot, name
         self.secret_names = tuple(secret_names)
+        self.keep, self.held_by = keep, held_by
+        self.idleness = Idleness(ttl_s, clock)
+        self.executed = 0
         self.epoch = 1
         self.lost: str | None = None
         self.created_at = clock()
@@ -135,11 +157,12 @@ class Session:
         """The execution that runs now."""
         return self._running
 
-    def attach(self, expected: int | None) -> list[ToolCall]:
+    def attach(self, expected: int | None, held_by: HeldBy | None = None) -> list[ToolCall]:
         """Give the session to a new client, and return the calls that the old one had started.
 
         Args:
             expected: The epoch that the caller has seen; None to take the session whoever has it.
+            held_by: The new client, or None.
 
         Raises:
             Fenced: Somebody else attached since.
@@ -149,11 +172,13 @@ class Session:
             raise SessionLost(self.lost)
         if expected is not None:
             self.check_epoch(expected)
-        self.epoch += 1
-        started = self.tool_calls.take_over()
-        self._on_deadline()
-        self._on_news()
-        return started
+        return self._hand_over(held_by)
+
+    def detach(self) -> None:
+        """Take the session from its client, which lets go of it; what runs goes on, for whoever attaches."""
+        if self.lost is None:
+            self._hand_over(None)
+        self.held_by = None
 
     def check_epoch(self, epoch: int) -> None:
         """Refuse a client that does not hold the session (any more).
@@ -169,6 +194,10 @@ class Session:
     def age_s(self) -> float:
         """Return the seconds since the session was opened."""
         return self._clock() - self.created_at
+
+    def idle_s(self) -> float:
+        """Return for how long nothing has been running or done, in seconds."""
+        return 0.0 if self._running is not None else self.idleness.idle_s()
 
     def execute(self, request: ExecuteRequest, blobs: Blobs, *, on_lane: bool = False) -> Execution:
         """Start an execution; an id that is known already gives that execution and runs nothing.
@@ -197,6 +226,7 @@ class Session:
             self._idempotent = frozenset(tool.name for tool in request.tools if tool.idempotent)
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
         self._running = execution
+        self.executed += 1
         self.executions.add(execution)
         header = request.to_worker()
         if on_lane and self._worker.leave_to_lane(max_output_bytes=request.max_output_bytes):
@@ -315,18 +345,25 @@ class Session:
             running = self._running
             times.append(running.remind_at or running.kill_at or running.stopwatch.deadline())
             times.append(running.forward_at)
+        elif self.lost is None:
+            times.append(self.idleness.ends_at())
         if self._channel_closed_at is not None:
             times.append(self._channel_closed_at + EXIT_REASON_WAIT_S)
         return min((at for at in times if at is not None), default=None)
 
     def tick(self) -> None:
-        """Do what is due: leases, the deadline, the kill after it."""
+        """Do what is due: leases, the deadline, the kill after it, the end of a session that was idle for too long."""
         now = self._clock()
         self.tool_calls.expire_leases()
         if self._channel_closed_at is not None and now >= self._channel_closed_at + EXIT_REASON_WAIT_S:
             self.protocol_broken()
         running = self._running
         if running is None:
+            ends_at = self.idleness.ends_at()
+            if ends_at is not None and now >= ends_at:
+                self._catch_up()
+                if self._running is None:
+                    self._lose(EXPIRED)
             return
         if running.forward_at is not None and now >= running.forward_at:
             self._forward(running)
@@ -346,6 +383,15 @@ class Session:
         left, execution.on_lane, execution.forward_at = execution.on_lane, None, None
         if left is not None:
             self._worker.execute_left(*left)
+
+    def _hand_over(self, held_by: HeldBy | None) -> list[ToolCall]:
+        self.epoch += 1
+        self.held_by = held_by
+        self.idleness.begin_anew()
+        started = self.tool_calls.take_over()
+        self._on_deadline()
+        self._on_news()
+        return started
 
     def _stop(self, execution: Execution, cause: Outcome) -> None:
         execution.cause = cause
@@ -407,6 +453,9 @@ class Session:
         self.executions.ended(execution, result, () if report is None else report.blobs)
         execution.on_lane = execution.forward_at = self._running = None
         self.tool_calls.close(CallState.CANCELLED)
+        self.idleness.begin_anew()
+        if self.idleness.ttl_s is not None:
+            self._on_deadline()
         self._on_news()
 
     def _call_queued(self, call: ToolCall) -> None:

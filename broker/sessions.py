@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from broker.errors import NameTaken, TooManySessions, UnknownCall, UnknownExecution, UnknownSession
 from broker.executions import Execution
 from broker.live_session import LiveSession
 from broker.logs import Log
+from broker.protocol.messages import OpenRequest
 from broker.spawner import Peer, WorkerSpawner
 from broker.tool_calls import Clock, ToolCall
 from broker.waiting import Bell
@@ -94,29 +95,37 @@ class Sessions:
             raise UnknownSession(f"no session {session_id[:64]!r}")
         return session
 
-    def open(self, name: str | None = None, secret_values: Mapping[str, str] | None = None) -> LiveSession:
+    def open(self, wanted: OpenRequest) -> LiveSession:
         """Start a worker and open a session on it. Waits until the worker is ready.
 
         Args:
-            name: To find it by; or None.
-            secret_values: Handed to the worker, and kept nowhere else.
+            wanted: What it begins with; its secrets are handed to the worker, and kept nowhere else.
 
         Raises:
             NameTaken: A living session has that name.
             TooManySessions: Every slot is taken.
             SessionStartFailed: The worker did not start.
         """
+        name = wanted.name
         self._check_name(name)
         slot = self._slots.take()
         worker = WorkerLink(slot, self._spawner, lambda: self._sweeping(slot), lambda clean: self._swept(slot, clean))
-        worker.start(secret_values or {})
+        worker.start(wanted.secrets)
         try:
             self._check_name(name)  # again: another one may have started meanwhile
         except NameTaken:
             worker.kill()
             raise
         session = LiveSession(
-            f"s-{secrets.token_hex(8)}", slot, worker, self._clock, name=name, secret_names=tuple(secret_values or ())
+            f"s-{secrets.token_hex(8)}",
+            slot,
+            worker,
+            self._clock,
+            name=name,
+            secret_names=tuple(wanted.secrets),
+            keep=wanted.keep,
+            ttl_s=wanted.ttl_s,
+            held_by=wanted.held_by,
         )
         self._by_id[session.core.session_id] = self._by_slot[slot] = session
         worker.attach(session.core)
@@ -124,8 +133,16 @@ class Sessions:
         return session
 
     def _check_name(self, name: str | None) -> None:
-        if name is not None and any(s.core.name == name and s.core.lost is None for s in self):
-            raise NameTaken(f"a session {name!r} is open already; attach to it, or choose another name")
+        taken = [each.core for each in self if each.core.name == name and each.core.lost is None]
+        if name is not None and taken:
+            holder = taken[0].held_by or "nobody"
+            raise NameTaken(
+                f"a session {name!r} is open already, held by {holder}; attach to it, or choose another name"
+            )
+
+    def memory_bytes(self, session: LiveSession) -> int | None:
+        """Return what a session's worker takes, or None where that cannot be told."""
+        return self._spawner.memory_bytes(session.core.slot) if session.core.lost is None else None
 
     def close(self, session_id: str) -> None:
         """End a session and wait until its slot is swept."""

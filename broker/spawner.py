@@ -36,5 +36,8 @@ class WorkerSpawner(Protocol):
     def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
         """Kill every process of the slot and remove its files; ``done`` is told whether nothing is left."""
 
+    def memory_bytes(self, slot: int) -> int | None:
+        """Return the memory that the worker of a slot holds besides files, or None where that cannot be told."""
+
     def slot_of(self, peer: Peer) -> int | None:
         """Return the slot that a process on the guest's socket belongs to."""

@@ -16,6 +16,7 @@ from broker.errors import SessionStartFailed
 from broker.protocol.self_test import SelfTest
 from broker.spawner import Peer
 from broker.supervisor import link
+from broker.supervisor.proc_status import read_status
 
 #: A fork takes milliseconds; a supervisor that does not answer for so long is stuck.
 SPAWN_LIMIT_S = 10.0
@@ -92,6 +93,16 @@ class SupervisorClient:
     def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
         """Kill every process of the slot and remove its files; ``done`` is told whether nothing is left."""
         self._ask("sweep", slot, lambda reply, fds: done(bool(reply.get("clean"))))
+
+    def memory_bytes(self, slot: int) -> int | None:
+        """Return the memory that the worker of a slot holds besides files; what it shares with others counts too."""
+        worker = self._running.get(slot)
+        try:
+            status = {} if worker is None else read_status(worker.pid)
+            kib = [int(status[field].split()[0]) for field in ("RssAnon", "RssShmem")]
+        except (OSError, KeyError, ValueError, IndexError):
+            return None
+        return sum(kib) << 10
 
     def slot_of(self, peer: Peer) -> int | None:
         """Return the slot of a process on the guest's socket: by uid, or in tests by its worker's process session."""

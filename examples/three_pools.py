@@ -96,13 +96,13 @@ def side_by_side(work: Any, customers: Any) -> dict[str, Any]:
 
 def triage_customer(pool: SandboxPool, customer: str) -> list[Any]:
     """Triage a customer's tickets one after the other, all in that customer's sandbox."""
-    rlm = dspy.RLM(Triage, interpreter_factory=partial(pool.interpreter, session=customer))
+    rlm = dspy.RLM(Triage, interpreter_factory=pool.factory(session=customer))
     return [rlm(ticket=ticket) for ticket, _ in TICKETS[customer]]
 
 
 def recurring_issues(pool: SandboxPool) -> dict[str, int]:
     """Read a month of reports, then ask about them again without sending them again."""
-    factory = partial(pool.interpreter, session="month")
+    factory = pool.factory(session="month")
     reader = partial(dspy.RLM, interpreter_factory=factory, max_iters=8, max_llm_calls=12)
     reports = random.Random(1).choices(COMPLAINTS, weights=[5, 3, 2, 1], k=2000)
     question = "Which two issues come up most often? Keep the counts of all of them in a dict `counts`."

@@ -54,10 +54,17 @@ from host_client.errors import (
     PreloadFailed,
     ProtocolMismatch,
     ProviderError,
+    RestoreFailed,
     SandboxError,
     SandboxTooWeak,
+    SavedFileDamaged,
+    SavedFileMismatch,
+    SavedFileNewer,
+    SavedSessionError,
+    SaveFailed,
     SessionBusy,
     SessionLost,
+    SessionNameTaken,
     SetupError,
     UnknownPool,
     UnknownRun,
@@ -73,14 +80,24 @@ if TYPE_CHECKING:
     from host_client.interpreter import SandboxInterpreter as SandboxInterpreter
     from host_client.pool import SandboxPool as SandboxPool
     from host_client.pool_registry import get_pool as get_pool
+    from host_client.saving import RestoredSession as RestoredSession
+    from host_client.saving import SavedSession as SavedSession
     from host_client.scripted_broker import ScriptedBroker as ScriptedBroker
+    from host_client.sessions import SessionStatus as SessionStatus
+    from host_client.sessions import close_session as close_session
+    from host_client.sessions import list_sessions as list_sessions
 
 _LAZY = {
     "Budget": "host_client.budgets",
+    "RestoredSession": "host_client.saving",
     "SandboxInterpreter": "host_client.interpreter",
     "SandboxPool": "host_client.pool",
+    "SavedSession": "host_client.saving",
     "ScriptedBroker": "host_client.scripted_broker",
+    "SessionStatus": "host_client.sessions",
+    "close_session": "host_client.sessions",
     "get_pool": "host_client.pool_registry",
+    "list_sessions": "host_client.sessions",
 }
 
 __all__ = [
@@ -114,14 +131,24 @@ __all__ = [
     "PreloadFailed",
     "ProtocolMismatch",
     "ProviderError",
+    "RestoreFailed",
+    "RestoredSession",
     "SandboxError",
     "SandboxInterpreter",
     "SandboxPool",
     "SandboxSettings",
     "SandboxTooWeak",
+    "SaveFailed",
+    "SavedFileDamaged",
+    "SavedFileMismatch",
+    "SavedFileNewer",
+    "SavedSession",
+    "SavedSessionError",
     "ScriptedBroker",
     "SessionBusy",
     "SessionLost",
+    "SessionNameTaken",
+    "SessionStatus",
     "SetupError",
     "ToolEvent",
     "UnknownPool",
@@ -129,8 +156,10 @@ __all__ = [
     "UnknownSandbox",
     "UnknownSession",
     "__version__",
+    "close_session",
     "current_call",
     "get_pool",
+    "list_sessions",
     "progress",
     "tool",
     "wait_for_endings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from broker.protocol.messages import Attached, StartedCall, Verdict
@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 Connect = Callable[[SandboxHandle], BrokerClient]
 
+#: Of the sessions that there are, an error names so many.
+_MAX_NAMES = 20
+
 
 class Found(NamedTuple):
     """A session, and a client that speaks to its broker."""
@@ -25,6 +28,11 @@ class Found(NamedTuple):
     handle: SandboxHandle
     client: BrokerClient
     session: SessionInfo
+
+    @property
+    def address(self) -> str:
+        """What finds it again: its sandbox, and its name or id."""
+        return f"{self.handle.name}/{self.session.name or self.session.session_id}"
 
 
 def find_session(address: str, handles: Iterable[SandboxHandle], connect: Connect) -> Found:
@@ -37,19 +45,66 @@ def find_session(address: str, handles: Iterable[SandboxHandle], connect: Connec
         connect: Returns a client for a sandbox.
 
     Raises:
-        UnknownSession: None, or several, are meant.
+        UnknownSession: None, or several, are meant; names those that there are.
         SessionLost: The one that is meant has lost its namespace.
     """
-    sandbox, slash, wanted = address.rpartition("/")
-    found: list[Found] = []
-    for handle in handles:
-        if not slash or sandbox in (handle.name, handle.sandbox_id):
-            found += _search(handle, connect, lambda session: wanted in (session.session_id, session.name))
-    if not found and not slash:
-        for handle in handles:
-            if wanted in (handle.name, handle.sandbox_id):
-                found += _search(handle, connect, lambda session: True)
-    return _the_only(found, address)
+    everything = sessions_in(handles_of(address, handles), connect)
+    try:
+        found = the_only(everything, address)
+        if found.session.lost is not None:
+            reason = found.session.lost
+            raise SessionLost(f"the session {address!r} is lost ({reason}); its variables are gone", reason=reason)
+    except BaseException:
+        close_clients(everything)
+        raise
+    close_clients(everything, but=found)
+    return found
+
+
+def handles_of(address: str, handles: Iterable[SandboxHandle]) -> list[SandboxHandle]:
+    """Return the sandboxes in which a session of this address may be."""
+    sandbox, slash, _ = address.rpartition("/")
+    return [handle for handle in handles if not slash or sandbox in (handle.name, handle.sandbox_id)]
+
+
+def sessions_in(handles: Iterable[SandboxHandle], connect: Connect, *, memory: bool = False) -> list[Found]:
+    """Return all sessions of some sandboxes, those of one with the same client; a broker that is gone has none.
+
+    Args:
+        handles: The sandboxes.
+        connect: Returns a client for one.
+        memory: Whether to have the memory read that each takes.
+    """
+    return [found for handle in handles for found in _ask(handle, connect, memory=memory)]
+
+
+def the_only(everything: Sequence[Found], address: str) -> Found:
+    """Return the session that is meant: the living one, or where none lives the one that was lost last.
+
+    Raises:
+        UnknownSession: None, or several, are meant; names those that there are.
+    """
+    wanted = address.rpartition("/")[2]
+    found = [each for each in everything if wanted in (each.session.session_id, each.session.name)]
+    if not found and "/" not in address:
+        found = [each for each in everything if wanted in (each.handle.name, each.handle.sandbox_id)]
+    living = [each for each in found if each.session.lost is None]
+    if len(living) > 1:
+        raise UnknownSession(f"{address!r} could mean {_names(living)}", help="say which one of these")
+    if not found:
+        there = [each for each in everything if each.session.lost is None]
+        raise UnknownSession(
+            f"there is no session {address!r}; " + (f"there are {_names(there)}" if there else "there are none"),
+            help="a sandbox whose host is gone ends after a minute; rlm-sandbox sessions shows what is there",
+        )
+    return (living or found)[-1]
+
+
+def close_clients(everything: Iterable[Found], *, but: Found | None = None) -> None:
+    """Close the clients of what was found; one client speaks for all sessions of its sandbox."""
+    for each in everything:
+        if but is None or each.client is not but.client:
+            each.client.close()
 
 
 def settle(
@@ -109,11 +164,10 @@ def _settle(call: StartedCall, key: CallKey, client: BrokerClient, journal: Jour
     log.info("call %s of %s: %s", call.call_id, call.tool, state)
 
 
-def _search(handle: SandboxHandle, connect: Connect, matches: Callable[[SessionInfo], bool]) -> list[Found]:
-    """Return the sessions of one sandbox that match, each with a client; a broker that is gone has none."""
+def _ask(handle: SandboxHandle, connect: Connect, *, memory: bool) -> list[Found]:
     client = connect(handle)
     try:
-        sessions = [session for session in client.sessions() if matches(session)]
+        sessions = client.sessions(memory=memory)
     except SandboxError as error:
         log.debug("%s was not searched: %s", handle.name, error)
         sessions = []
@@ -122,21 +176,6 @@ def _search(handle: SandboxHandle, connect: Connect, matches: Callable[[SessionI
     return [Found(handle, client, session) for session in sessions]
 
 
-def _the_only(found: list[Found], address: str) -> Found:
-    living = [each for each in found if each.session.lost is None]
-    for each in found:
-        # One client speaks for all sessions of its sandbox.
-        if len(living) != 1 or each.client is not living[0].client:
-            each.client.close()
-    if len(living) == 1:
-        return living[0]
-    if found and not living:
-        reason = found[-1].session.lost or "unknown"
-        raise SessionLost(f"the session {address!r} is lost ({reason}); its variables are gone", reason=reason)
-    if not found:
-        raise UnknownSession(
-            f"there is no session {address!r} to attach to",
-            help="a sandbox whose host is gone ends after a minute; rlm-sandbox status shows what is running",
-        )
-    meant = ", ".join(f"{each.handle.name}/{each.session.name or each.session.session_id}" for each in living)
-    raise UnknownSession(f"{address!r} could mean {meant}", help="attach to one of these")
+def _names(found: Sequence[Found]) -> str:
+    names = [each.address for each in found]
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")

@@ -14,6 +14,7 @@ from broker.protocol.messages import (
     Attached,
     ClaimRequest,
     ExecuteRequest,
+    HeldBy,
     OpenRequest,
     Progress,
     ToolResult,
@@ -29,8 +30,10 @@ from host_client.errors import (
     ProtocolMismatch,
     SessionBusy,
     SessionLost,
+    SessionNameTaken,
 )
 from host_client.lane_user import MOST_BYTES, LaneUser
+from host_client.program import this_program
 from host_client.transport import Reply, Transport
 
 #: Requests that nothing waits for in the broker.
@@ -66,6 +69,14 @@ class SessionInfo(NamedTuple):
         epoch: Counts the clients that have held it.
         lost: Why it is gone, or None while it lives.
         secrets: Names of the secrets that its code may read.
+        running: The execution that runs, or None.
+        keep: Whether clients leave it as it is when they go.
+        ttl_s: Idle time in seconds after which it ends, or None.
+        held_by: Who holds it, as far as that was told.
+        executions: How many it has begun.
+        age_s: Seconds since it was opened.
+        idle_s: Seconds since something was last done with it.
+        memory_bytes: What its worker takes, where that was asked for and can be told.
     """
 
     session_id: str
@@ -73,6 +84,14 @@ class SessionInfo(NamedTuple):
     epoch: int
     lost: str | None
     secrets: tuple[str, ...] = ()
+    running: str | None = None
+    keep: bool = False
+    ttl_s: float | None = None
+    held_by: HeldBy | None = None
+    executions: int = 0
+    age_s: float = 0.0
+    idle_s: float = 0.0
+    memory_bytes: int | None = None
 
 
 class BrokerClient(Protocol):
@@ -88,19 +107,32 @@ class BrokerClient(Protocol):
             ProtocolMismatch: It speaks another one.
         """
 
-    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
+    def open_session(
+        self,
+        name: str | None = None,
+        secrets: Mapping[str, str] | None = None,
+        *,
+        keep: bool = False,
+        ttl_s: float | None = None,
+    ) -> str:
         """Open a session and return its id.
 
         Args:
             name: To find it by, from another process too.
             secrets: Environment variables of its code.
+            keep: Whether its clients are to leave it as it is when they go.
+            ttl_s: Idle time in seconds after which it ends, or None.
+
+        Raises:
+            SessionNameTaken: There is one of that name.
         """
 
-    def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
+    def sessions(self, *, timeout_s: float = _PROMPT_S, memory: bool = False) -> list[SessionInfo]:
         """Return every session of the sandbox.
 
         Args:
             timeout_s: How long the broker may take.
+            memory: Whether to read what each takes.
         """
 
     def attach(self, session_id: str, epoch: int) -> Attached:
@@ -181,8 +213,25 @@ class BrokerClient(Protocol):
     def interrupt(self, session_id: str, execution_id: str) -> None:
         """Stop an execution but keep the namespace; one that has ended is left alone."""
 
-    def close_session(self, session_id: str) -> None:
-        """End a session. Idempotent."""
+    def detach(self, session_id: str) -> None:
+        """Let go of a session, which goes on.
+
+        Raises:
+            Fenced: Another client holds it.
+        """
+
+    def close_session(self, session_id: str, *, epoch: int | None = None, if_idle: bool = False) -> None:
+        """End a session. Idempotent.
+
+        Args:
+            session_id: The session.
+            epoch: The epoch that was seen last; None for this client's own.
+            if_idle: Only where nothing runs.
+
+        Raises:
+            Fenced: Somebody attached since.
+            SessionBusy: Something runs, and ``if_idle`` was asked for.
+        """
 
     def close(self) -> None:
         """Close connections. Idempotent."""
@@ -210,29 +259,38 @@ class HttpBrokerClient:
                 help="rebuild the image: rlm-sandbox image",
             )
 
-    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
+    def open_session(
+        self,
+        name: str | None = None,
+        secrets: Mapping[str, str] | None = None,
+        *,
+        keep: bool = False,
+        ttl_s: float | None = None,
+    ) -> str:
         """See ``BrokerClient.open_session``."""
-        body = OpenRequest(name=name, secrets=secrets or {}).to_json()
-        reply = _checked(self._transport.request("POST", "/v1/sessions", body, timeout_s=_PROMPT_S))
+        wanted = OpenRequest(name=name, secrets=secrets or {}, keep=keep, ttl_s=ttl_s, held_by=this_program())
+        reply = _checked(self._transport.request("POST", "/v1/sessions", wanted.to_json(), timeout_s=_PROMPT_S))
         session_id = _read(lambda: Reader(reply.header, "session").text("session_id", max_chars=64))
-        arrived = _read(lambda: Reader(reply.header, "session").texts("secrets", []))
-        if sorted(arrived) != sorted(secrets or ()):
+        missed = _read(lambda: _what_was_missed(wanted, reply.header))
+        if missed is not None:
             self.close_session(session_id)
             raise ProtocolMismatch(
-                "this sandbox does not know secrets: it was started by an older version",
+                f"this sandbox does not know {missed}: it was started by an older version",
                 help="start it anew: rlm-sandbox down, rlm-sandbox up",
             )
         return session_id
 
-    def sessions(self, *, timeout_s: float = _PROMPT_S) -> list[SessionInfo]:
+    def sessions(self, *, timeout_s: float = _PROMPT_S, memory: bool = False) -> list[SessionInfo]:
         """See ``BrokerClient.sessions``."""
-        reply = _checked(self._transport.request("GET", "/v1/sessions", timeout_s=timeout_s))
+        path = "/v1/sessions?memory=1" if memory else "/v1/sessions"
+        reply = _checked(self._transport.request("GET", path, timeout_s=timeout_s))
         return _read(lambda: [_session(each) for each in Reader(reply.header, "sessions").items("sessions")])
 
     def attach(self, session_id: str, epoch: int) -> Attached:
         """See ``BrokerClient.attach``."""
         path = f"/v1/sessions/{_part(session_id)}/attach"
-        reply = _checked(self._transport.request("POST", path, {"epoch": epoch}, timeout_s=_PROMPT_S))
+        body = {"epoch": epoch, "held_by": this_program().to_json()}
+        reply = _checked(self._transport.request("POST", path, body, timeout_s=_PROMPT_S))
         attached = _read(lambda: Attached.from_json(reply.header))
         self._epoch = attached.epoch
         return attached
@@ -295,9 +353,15 @@ class HttpBrokerClient:
         path = self._of_epoch(f"/v1/executions/{_part(execution_id)}/interrupt")
         _checked(self._transport.request("POST", path, {}, timeout_s=_PROMPT_S))
 
-    def close_session(self, session_id: str) -> None:
+    def detach(self, session_id: str) -> None:
+        """See ``BrokerClient.detach``."""
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/detach")
+        _checked(self._transport.request("POST", path, {}, timeout_s=_PROMPT_S))
+
+    def close_session(self, session_id: str, *, epoch: int | None = None, if_idle: bool = False) -> None:
         """See ``BrokerClient.close_session``."""
-        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}")
+        path = f"/v1/sessions/{_part(session_id)}?epoch={self._epoch if epoch is None else epoch}"
+        path = f"{path}&idle=1" if if_idle else path
         reply = self._transport.request("DELETE", path, timeout_s=_PROMPT_S)
         if reply.status != _NOT_FOUND:
             _checked(reply)
@@ -358,6 +422,16 @@ class HttpBrokerClient:
         return f"{path}?epoch={self._epoch}"
 
 
+def _what_was_missed(wanted: OpenRequest, data: Any) -> str | None:
+    """Return what a broker did not make of a request to open a session, because it is too old for that."""
+    read = Reader(data, "session")
+    if sorted(read.texts("secrets", [])) != sorted(wanted.secrets):
+        return "secrets"
+    if read.flag("keep", False) != wanted.keep:
+        return "sessions that stay"
+    return None if read.optional_number("ttl_s") == wanted.ttl_s else "a session's time to live"
+
+
 def _session(data: Any) -> SessionInfo:
     read = Reader(data, "session")
     return SessionInfo(
@@ -366,6 +440,14 @@ def _session(data: Any) -> SessionInfo:
         epoch=read.integer("epoch", low=1),
         lost=read.optional_text("lost", max_chars=200),
         secrets=tuple(read.texts("secrets", [])),
+        running=read.optional_text("execution_id", max_chars=64),
+        keep=read.flag("keep", False),
+        ttl_s=read.optional_number("ttl_s"),
+        held_by=HeldBy.optional(read),
+        executions=read.integer("executions", 0),
+        age_s=read.number("age_s", 0.0),
+        idle_s=read.number("idle_s", 0.0),
+        memory_bytes=read.integer("memory_bytes") if read.has("memory_bytes") else None,
     )
 
 
@@ -423,6 +505,7 @@ _ERRORS: dict[str, type[BrokerError]] = {
     SessionBusy.code: SessionBusy,
     LeaseExpired.code: LeaseExpired,
     Fenced.code: Fenced,
+    SessionNameTaken.code: SessionNameTaken,
     CallGone.code: CallGone,
     "unknown_call": CallGone,
 }

@@ -38,6 +38,7 @@ def check_keywords(
     budget: Any = None,
     pool: Any = None,
     provider: Any = None,
+    keep: Any = False,
 ) -> None:
     """Check the constructor's arguments.
 
@@ -51,6 +52,7 @@ def check_keywords(
     if sandbox is not None and (not isinstance(sandbox, str) or not sandbox):
         raise BadSetting(f"sandbox must be the name of a running sandbox, got {sandbox!r:.80}")
     _check_session(session, attach, sandbox)
+    _check_keep(keep, session, sandbox)
     others = {"sandbox": sandbox, "attach": attach, "journal": journal, "provider": provider}
     if pool is not None and (given := [name for name, value in others.items() if value is not None]):
         raise BadSetting(f"{given[0]} cannot be set beside pool: the pool has its own")
@@ -81,6 +83,17 @@ def _check_session(session: Any, attach: Any, sandbox: Any) -> None:
         raise BadSetting(f"attach must be the name or id of a session, got {attach!r:.80}")
     if session is not None or sandbox is not None:
         raise BadSetting("attach stands alone: the session has its name and its sandbox (sandbox/session says both)")
+
+
+def _check_keep(keep: Any, session: Any, sandbox: Any) -> None:
+    if not isinstance(keep, bool):
+        raise BadSetting(f"keep must be True or False, got {keep!r:.80}")
+    if keep and (session is None or sandbox is None):
+        missing = "session" if session is None else "sandbox"
+        raise BadSetting(
+            f"keep=True needs {missing}=: what is kept has a name, and a sandbox that outlives this program",
+            help="start one with rlm-sandbox up; SandboxInterpreter.create(name) opens a session in it that is kept",
+        )
 
 
 def check_timeout(timeout_s: Any) -> None:

@@ -15,9 +15,7 @@ from typing import Any
 from host_client import __version__
 from host_client.errors import SandboxError
 from host_client.machine import Progress
-from host_client.settings import SandboxSettings
-
-DEFAULT_NAME = "default"
+from host_client.settings import DEFAULT_SANDBOX, SandboxSettings
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -62,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_named(name: str, command: Command, text: str) -> argparse.ArgumentParser:
         added = add(name, command, text)
-        added.add_argument("name", nargs="?", default=DEFAULT_NAME, help="the sandbox's name (default: %(default)s)")
+        added.add_argument("name", nargs="?", default=DEFAULT_SANDBOX, help="the sandbox's name (default: %(default)s)")
         return added
 
     add("setup", _setup, "engine, base image, image: whatever is missing")
@@ -76,14 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("-n", "--limit", type=int, default=100, help="at most so many (default: %(default)s)")
     shown.add_argument("--json", action="store_true", help="one JSON object for each line")
     _add_history(add("history", _history, "what runs did: model, code, output, calls, what they cost"))
+    _add_sessions(add("sessions", _sessions, "the sessions in your sandboxes: state, age, who holds them; close one"))
     add_named("devsh", _devsh, "a shell inside a sandbox")
     secrets = add("secrets", _secrets, "are secrets there, and do they arrive in a sandbox; their values are not shown")
     secrets.add_argument("action", choices=["check"])
     secrets.add_argument("names", nargs="*", metavar="NAME", help="variables (default: those in RLM_SANDBOX_SECRETS)")
+    saved = add("inspect", _inspect, "what is in a saved session; nothing of it is run")
+    saved.add_argument("file", type=Path, metavar="FILE", help="a file that interpreter.save() wrote")
+    saved.add_argument("--json", action="store_true", help="one JSON object")
     add("doctor", _doctor, "does the boundary hold on this machine, and what would make it stronger")
     add("demo", lambda _: _demo([]), "an RLM reads all of DSPy's source through the sandbox")
     add("clean", _clean, "remove our containers, images and cached packages")
     return parser
+
+
+def _add_sessions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sandbox", metavar="NAME", help="of this sandbox only")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each session and line")
+    actions = parser.add_subparsers(dest="action", metavar="close")
+    close = actions.add_parser("close", help="end a session", description="End a session; its variables are gone then.")
+    close.add_argument("name", metavar="NAME", help="the session's name or id, or SANDBOX/NAME")
+    close.add_argument("--force", action="store_true", help="while an execution runs in it, too")
 
 
 def _add_history(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +192,15 @@ def _history(parsed: argparse.Namespace) -> int:
     return view.show_runs(history, limit=max(1, parsed.limit), as_json=parsed.json)
 
 
+def _sessions(parsed: argparse.Namespace) -> int:
+    from host_client import sessions_view
+
+    settings = SandboxSettings.from_environment()
+    if parsed.action == "close":
+        return sessions_view.close_one(settings, parsed.name, parsed.sandbox, force=parsed.force)
+    return sessions_view.show_sessions(settings, parsed.sandbox, as_json=parsed.json)
+
+
 def _devsh(parsed: argparse.Namespace) -> int:
     prepare(SandboxSettings.from_environment())
     status: int = _commands().devsh(parsed.name)
@@ -206,6 +226,12 @@ def _secrets(parsed: argparse.Namespace) -> int:
     import host_client.secrets_check as secrets_check
 
     return secrets_check.run(parsed.names, SandboxSettings.from_environment(), prepare=prepare)
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from host_client.saved_view import inspect
+
+    return inspect(parsed.file, as_json=parsed.json)
 
 
 def _demo(arguments: Sequence[str]) -> int:

@@ -20,6 +20,12 @@
     │ ├ UnknownSandbox                no running sandbox has that name
     │ └ UnknownPool                   no open pool of this process has that name
     ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
+    ├ SavedSessionError               a session cannot be saved, or restored; ``path`` says where
+    │ ├ SaveFailed                    nothing was written, the session is as it was
+    │ ├ RestoreFailed                 the session is as it was
+    │ ├ SavedFileDamaged              no saved session, or not what was saved
+    │ ├ SavedFileNewer                of a newer version of this package
+    │ └ SavedFileMismatch             saved with other versions of Python or packages; ``differs`` has them
     ├ JournalUnusable                 the journal cannot be written or read; a tool that needs it was not run
     ├ HistoryUnusable                 the history of runs cannot be read; writing it never fails a run
     ├ BudgetExceeded                  a run has used up its time, sub-calls, tokens or cost
@@ -27,6 +33,7 @@
     ├ ProtocolMismatch                host and image speak different versions
     ├ BrokerError                     the broker refused a request; ``status`` is the HTTP status
     │ ├ SessionBusy                   an execution is already running in this session
+    │ ├ SessionNameTaken              the sandbox has a session of that name already
     │ ├ LeaseExpired                  a result came too late; somebody else holds the call
     │ ├ Fenced                        another client attached to the session; this one is out
     │ └ CallGone                      a result came for a call that was cancelled
@@ -48,7 +55,7 @@ installed DSPy expects; see ``host_client.dspy_compat``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from broker.protocol.self_test import Check
 
@@ -190,6 +197,64 @@ class FileRefused(SandboxError):
         self.path = path
 
 
+class SavedSessionError(SandboxError):
+    """A session cannot be saved to a file, or restored from one.
+
+    Args:
+        message: What is wrong.
+        path: The file.
+    """
+
+    code = "saved_session_error"
+
+    def __init__(self, message: str, *, path: str, help: str | None = None) -> None:
+        shown = path if path.isprintable() else ascii(path)
+        super().__init__(f"{shown[:500]}: {message}", help=help)
+        self.path = path
+
+
+class SaveFailed(SavedSessionError):
+    """The session was not saved: no file was written, and the session is as it was."""
+
+    code = "save_failed"
+
+
+class RestoreFailed(SavedSessionError):
+    """The session was not restored, and is as it was."""
+
+    code = "restore_failed"
+
+
+class SavedFileDamaged(SavedSessionError):
+    """The file is no saved session, or was cut off or changed since; nothing was restored."""
+
+    code = "saved_file_damaged"
+
+
+class SavedFileNewer(SavedSessionError):
+    """The file was written by a newer version of this package; nothing was restored."""
+
+    code = "saved_file_newer"
+
+
+class SavedFileMismatch(SavedSessionError):
+    """The session was saved with another Python, or other versions of packages that it needs; nothing was restored.
+
+    Args:
+        message: Names what differs.
+        path: The file.
+        differs: By name, the version in the file and the one of the sandbox (empty where it has none).
+    """
+
+    code = "saved_file_mismatch"
+
+    def __init__(
+        self, message: str, *, path: str, differs: Mapping[str, tuple[str, str]], help: str | None = None
+    ) -> None:
+        super().__init__(message, path=path, help=help)
+        self.differs = dict(differs)
+
+
 class ProviderError(SandboxError):
     """The engine refused or failed while a sandbox was started or stopped."""
 
@@ -221,6 +286,12 @@ class SessionBusy(BrokerError):
     """An execution is already running in this session."""
 
     code = "session_busy"
+
+
+class SessionNameTaken(BrokerError):
+    """The sandbox has a living session of that name already; the message says who holds it."""
+
+    code = "session_name_taken"
 
 
 class LeaseExpired(BrokerError):
@@ -353,7 +424,8 @@ class SessionLost(SandboxError):
         message: What happened.
         reason: ``deadline``, ``interrupted``, ``output_limit``, ``oom``, ``killed``, ``crashed(SIGNAL)``,
             ``exited(N)``, ``removed``, ``engine_gone``, ``unresponsive`` (the broker no longer answers), ``protocol``,
-            ``fenced`` (another client attached to the session: there it goes on) or ``shutdown``.
+            ``fenced`` (another client attached to the session: there it goes on), ``expired`` (it was idle for longer
+            than its time to live) or ``shutdown``.
     """
 
     code = "session_lost"

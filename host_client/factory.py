@@ -40,6 +40,7 @@ _KEYWORDS = {
     "artifacts_to": None,
     "budget": None,
     "pool": None,
+    "keep": False,
 }
 
 #: After this long without an RLM, no container waits for the next one.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from broker.protocol import limits
@@ -32,8 +34,10 @@ from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.results import ExecutionRecord, deliver, lost_session, read_record
 from host_client.sandbox_session import SandboxSession, default_provider, open_journal, survives
 from host_client.sandbox_tools import check_shipped
+from host_client.saved_file import open_file
+from host_client.saving import RestoredSession, SavedSession, restore_session, save_session
 from host_client.secret_values import Secrets
-from host_client.settings import SandboxSettings
+from host_client.settings import DEFAULT_SANDBOX, SandboxSettings
 from host_client.tool_definitions import ToolTable, named_tools
 from host_client.tool_limits import ToolLimits
 from host_client.tool_runner import ToolCalls
@@ -73,6 +77,8 @@ class SandboxInterpreter:
         artifacts_to: Folder where the session's artefacts are saved after each execution; see ``artifacts``.
         budget: Limits of each run, nested runs included; see ``host_client.Budget``.
         pool: A pool to take the sandbox from, or the name of one; settings, secrets and provider are the pool's.
+        keep: Leave the session as it is at ``shutdown`` and at the end of the program, for whoever attaches; it must
+            have a name and be in a named sandbox. See ``create()``.
 
     Raises:
         BadSetting: An argument that cannot work.
@@ -98,6 +104,7 @@ class SandboxInterpreter:
         artifacts_to: str | os.PathLike[str] | None = None,
         budget: Budget | None = None,
         pool: SandboxPool | str | None = None,
+        keep: bool = False,
     ) -> None:
         checks.check_keywords(
             tools=tools,
@@ -116,6 +123,7 @@ class SandboxInterpreter:
             budget=budget,
             pool=pool,
             provider=provider,
+            keep=keep,
         )
         self._tools: dict[str, Callable[..., Any]] = named_tools(tools)
         self.output_fields = output_fields
@@ -126,7 +134,7 @@ class SandboxInterpreter:
         self.last_result: ExecutionRecord | None = None
         self.resumed_result: ExecutionRecord | None = None
         self._sandbox, self._provider = sandbox, provider
-        self._session_name, self._address = session, attach
+        self._session_name, self._address, self._keep = session, attach, keep
         self._idempotent, self._given_journal, self._budget = tuple(idempotent), journal, budget
         self._dspy = contract()
         self._table = ToolTable(idempotent)
@@ -156,8 +164,44 @@ class SandboxInterpreter:
         return InterpreterFactory(cls, keywords)
 
     @classmethod
+    def create(
+        cls, name: str, *, sandbox: str = DEFAULT_SANDBOX, ttl_s: float | None = None, **keywords: Any
+    ) -> SandboxInterpreter:
+        """Open a named session that stays when this program ends, in a sandbox that runs already.
+
+            with SandboxInterpreter.create("novel", ttl_s=8 * 3600) as interpreter:
+                interpreter.execute("x = 41")                        # one program
+            SandboxInterpreter.attach("novel").execute("x + 1")      # another one, hours later
+            host_client.close_session("novel")                       # a third one
+
+        ``shutdown``, the end of the program and a crash leave the session as it is; an execution that runs goes on.
+        ``host_client.close_session`` ends it, and so does its time to live.
+
+        Args:
+            name: Found by it; there is one living session of a name in a sandbox.
+            sandbox: The sandbox's name: ``rlm-sandbox up`` starts one.
+            ttl_s: Seconds without an execution after which the broker ends it, by its own clock; by default what the
+                settings say (``session_ttl_s``), or None for no end.
+            keywords: As for the constructor.
+
+        Raises:
+            UnknownSandbox: It does not run.
+            SessionNameTaken: There is a session of that name; says who holds it.
+            SandboxError: As ``start``.
+        """
+        if ttl_s is not None:
+            settings = keywords.get("settings") or SandboxSettings.from_environment()
+            if isinstance(settings, SandboxSettings):  # anything else is refused below
+                keywords["settings"] = dataclasses.replace(settings, session_ttl_s=ttl_s)
+        interpreter = cls(session=name, sandbox=sandbox, keep=True, **keywords)
+        interpreter.start()
+        return interpreter
+
+    @classmethod
     def attach(cls, name_or_id: str, **keywords: Any) -> SandboxInterpreter:
-        """Go on with a session whose host process is gone: its namespace is as it was, nothing ran twice.
+        """Go on with a session whose program is gone: its namespace is as it was, nothing ran twice.
+
+        One that was made with ``create`` is left as it is at ``shutdown``; another one ends with this interpreter.
 
         An older client that still lives is fenced: what it does from now on changes nothing in the session.
 
@@ -174,7 +218,7 @@ class SandboxInterpreter:
             keywords: As for the constructor; the tools are not sent over by the old process.
 
         Raises:
-            UnknownSession: It is not there (any more), or several are meant.
+            UnknownSession: It is not there (any more), or several are meant; names those that there are.
             ForeignSession: It is in a sandbox of another user.
             Fenced: Somebody else attached at the same moment.
             SessionLost: Its namespace is gone.
@@ -295,9 +339,48 @@ class SandboxInterpreter:
                 lambda: self._limits.run(tool_name, tool.marks, lambda: tool.call(args, kwargs)),
             )
 
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> SavedSession:
+        """Save the session's variables to a file, from which any sandbox can go on: ``restore``.
+
+        The session goes on unchanged. Modules are kept by name; functions and classes that code defined are kept, and
+        look their globals up where they are restored. What cannot be saved is named, with the reason, and everything
+        else is saved. Files of the session are not: see ``files``. The deadline is ``execution_timeout_s``.
+
+        Args:
+            path: The file; it appears complete or not at all, and only you may read it.
+            overwrite: Replace a file that is there.
+
+        Raises:
+            SaveFailed, DiskFull: Nothing was written, and the session is as it was.
+            SessionBusy: Code is running.
+            SandboxError: What ``execute`` raises.
+        """
+        with self._linked() as link:
+            return save_session(link, Path(path), overwrite=overwrite, timeout_s=self.execution_timeout_s)
+
+    def restore(self, path: str | os.PathLike[str], *, ignore_versions: bool = False) -> RestoredSession:
+        """Replace the session's variables by those of a saved session; tools and files stay as they are.
+
+        The file's content runs code, in the sandbox and nowhere else. The deadline is ``execution_timeout_s``.
+
+        Args:
+            path: A file of ``save``, from any machine.
+            ignore_versions: Try it with packages of other versions too; never with another minor version of Python.
+
+        Raises:
+            SavedFileDamaged, SavedFileNewer: The file is not what was saved, or is of a newer version of this package.
+            SavedFileMismatch: It was saved with another Python, or other versions of packages that it needs.
+            RestoreFailed: The sandbox could not do it.
+            SessionBusy: Code is running.
+            SandboxError: What ``execute`` raises. Except for ``SessionLost``, the session has its old variables still.
+        """
+        # What is restored may run code for as long as an execution may.
+        with open_file(Path(path)) as saved, self._linked(self.execution_timeout_s) as link:
+            return restore_session(link, saved, ignore_versions=ignore_versions, timeout_s=self.execution_timeout_s)
+
     @observed
     def shutdown(self, *, wait: bool = False) -> None:
-        """End the session, and its sandbox if it is this interpreter's own.
+        """End the session, and its sandbox if it is this interpreter's own; or let go of one that is kept.
 
         Idempotent, and safe from another thread, from a tool, and while ``execute`` runs, which then raises. A
         container is removed in the background; the exit of the process waits for that, and so does
@@ -343,6 +426,7 @@ class SandboxInterpreter:
             artifacts_to=self._artifacts_to,
             budget=self._budget,
             pool=self._pool,
+            keep=self._keep,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SandboxInterpreter:
@@ -376,24 +460,29 @@ class SandboxInterpreter:
         return self._deliver(record)
 
     @contextlib.contextmanager
-    def _linked(self) -> Iterator[Link]:
+    def _linked(self, step_timeout_s: float | None = STEP_TIMEOUT_S) -> Iterator[Link]:
         """Open the session where it is not, and keep executions off."""
         with self._alone:
             session = self._open()
             self._resume(session)
-            yield self._aside(session)
+            yield self._aside(session, step_timeout_s)
 
-    def _aside(self, session: SandboxSession) -> Link:
-        return Link(Aside(lambda code, variables: self._run_aside(session, code, variables)), session.masker)
+    def _aside(self, session: SandboxSession, step_timeout_s: float | None = STEP_TIMEOUT_S) -> Link:
+        def run(code: str, variables: dict[str, Any]) -> ExecutionRecord:
+            return self._run_aside(session, code, variables, step_timeout_s)
 
-    def _run_aside(self, session: SandboxSession, code: str, variables: dict[str, Any]) -> ExecutionRecord:
+        return Link(Aside(run), session.masker)
+
+    def _run_aside(
+        self, session: SandboxSession, code: str, variables: dict[str, Any], timeout_s: float | None
+    ) -> ExecutionRecord:
         """Run code of our own: ``last_result``, tools and fields stay as they are."""
         encoder = Encoder()
         request = ExecuteRequest(
             execution_id=os.urandom(16).hex(),
             code=code,
             variables={name: encoder.encode(value, name) for name, value in variables.items()},
-            timeout_s=STEP_TIMEOUT_S,
+            timeout_s=timeout_s,
         )
         record = self._run(session, request, encoder)
         if record.session_lost is not None:
@@ -530,7 +619,13 @@ class SandboxInterpreter:
         if self._address is not None:
             return SandboxSession.attach(provider, self._address, journal=journal, secrets=secrets)
         return SandboxSession.open(
-            provider, self.settings, self._sandbox, journal=journal, session_name=self._session_name, secrets=secrets
+            provider,
+            self.settings,
+            self._sandbox,
+            journal=journal,
+            session_name=self._session_name,
+            secrets=secrets,
+            keep=self._keep,
         )
 
     def _check_usable(self) -> None:

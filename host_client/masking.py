@@ -45,6 +45,20 @@ class Masker:
     def __repr__(self) -> str:
         return f"Masker({', '.join(sorted(set(self._names.values())))})"
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the secrets."""
+        return sorted(set(self._names.values()))
+
+    @property
+    def longest_bytes(self) -> int:
+        """Size of the longest form of a secret: so much of it may lie on either side of a cut."""
+        return max((len(form.encode()) for form in self._forms), default=0)
+
+    def found_in(self, data: bytes) -> str | None:
+        """Return the name of a secret whose value is in these bytes, or None."""
+        return next((self._names[form] for form in self._forms if form.encode() in data), None)
+
     def text(self, text: str) -> str:
         """Return the text, masked; the same object where there was nothing to mask."""
         if any(form in text for form in self._forms):

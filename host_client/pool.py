@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from host_client.interpreter import SandboxInterpreter
 
 #: What an interpreter of a pool takes from the pool.
-_OF_THE_POOL = ("settings", "provider", "sandbox", "session", "attach", "secrets", "journal", "pool")
+_OF_THE_POOL = ("settings", "provider", "sandbox", "attach", "secrets", "journal", "pool", "keep")
 #: One start, on a slow machine, and one more try.
 _WARM_TIMEOUT_S = 60.0
 
@@ -40,6 +40,7 @@ class SandboxPool:
 
         with SandboxPool(name="triage", min_size=2, max_size=4, affinity="strict_queue") as pool:
             rlm = dspy.RLM("report -> severity", interpreter_factory=pool.factory())
+            rlm = dspy.RLM("report -> severity", interpreter_factory=pool.factory(session="case-7"))
             with pool.interpreter(session="case-7") as interpreter:   # case-7's own sandbox, its variables in it
                 ...
 
@@ -156,10 +157,12 @@ class SandboxPool:
         """Its name."""
         return self.config.name
 
-    def factory(self, **keywords: Any) -> InterpreterFactory:
+    def factory(self, session: str | None = None, **keywords: Any) -> InterpreterFactory:
         """Return a callable for DSPy's ``interpreter_factory``: each call makes an interpreter that takes from here.
 
         Args:
+            session: Affinity of all of them: an RLM that is called again finds its sandbox and its variables again.
+                Two at once are what the affinity says: a fresh sandbox, a wait, or an error.
             keywords: As for ``SandboxInterpreter``, over those of the pool; settings, secrets, journal and provider are
                 the pool's.
 
@@ -168,7 +171,7 @@ class SandboxPool:
         """
         from host_client.interpreter import SandboxInterpreter
 
-        return SandboxInterpreter.factory(**self._checked(keywords), pool=self)
+        return SandboxInterpreter.factory(**self._checked(keywords), session=session, pool=self)
 
     def interpreter(self, session: str | None = None, **keywords: Any) -> SandboxInterpreter:
         """Return an interpreter that takes from here when it is started.
@@ -255,6 +258,10 @@ class SandboxPool:
         return pool_registry.get_pool, (self.name,)
 
     def _checked(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        if "session" in keywords:
+            raise BadSetting(
+                f"pool {self.name!r}: a session is one factory's or interpreter's: pool.factory(session=...)"
+            )
         ours = sorted(set(keywords).intersection(_OF_THE_POOL))
         if ours:
             raise BadSetting(f"pool {self.name!r}: {ours[0]} cannot be set for one interpreter; it is the pool's")

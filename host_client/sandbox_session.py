@@ -70,6 +70,7 @@ class SandboxSession:
         masker: Takes its secrets out of what it gives.
         unfinished: The execution that another client posted last, until its reply was fetched; or None.
         loan: The place in a pool that it was taken from, or None.
+        keep: Whether closing leaves it as it is in its sandbox, for whoever attaches.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class SandboxSession:
         journal: Journal,
         masker: Masker,
         attached: Attached | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
+        self.keep = keep
         self.handle, self.client, self.session_id = handle, client, holder.session_id
         self.threads, self.keeper = ToolThreads(), ValueKeeper(holder.epoch)
         self.masker = masker
@@ -111,6 +115,7 @@ class SandboxSession:
         journal: Journal,
         session_name: str | None = None,
         secrets: Mapping[str, str] | None = None,
+        keep: bool = False,
     ) -> SandboxSession:
         """Start a sandbox of our own, or find the named one, and open a session in it.
 
@@ -121,12 +126,15 @@ class SandboxSession:
             journal: Records the session's tool calls.
             session_name: To attach to the session by, or None.
             secrets: Values by name, for its code to read.
+            keep: Whether it is to outlive this program; see ``keep`` of ``SandboxInterpreter``.
 
         Raises:
             SandboxError: What the provider and the broker client raise; nothing is left behind.
         """
         sandbox = ConnectedSandbox.start(provider, settings, name)
-        return cls.open_in(sandbox, journal=journal, session_name=session_name, secrets=secrets)
+        # A sandbox of our own ends with us anyway.
+        ttl_s = None if name is None else settings.session_ttl_s
+        return cls.open_in(sandbox, journal=journal, session_name=session_name, secrets=secrets, keep=keep, ttl_s=ttl_s)
 
     @classmethod
     def open_in(
@@ -136,14 +144,16 @@ class SandboxSession:
         journal: Journal,
         session_name: str | None = None,
         secrets: Mapping[str, str] | None = None,
+        keep: bool = False,
+        ttl_s: float | None = None,
     ) -> SandboxSession:
         """Open a session in a sandbox; see ``open``. Where that fails, the sandbox is ended if it is ours."""
         with sandbox.ended_on_failure():
-            session_id = sandbox.client.open_session(session_name, secrets)
+            session_id = sandbox.client.open_session(session_name, secrets, keep=keep, ttl_s=ttl_s)
             handle = sandbox.handle
             holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
             journal.hold(holder)
-            return cls(sandbox.provider, handle, sandbox.client, holder, journal, Masker(secrets or {}))
+            return cls(sandbox.provider, handle, sandbox.client, holder, journal, Masker(secrets or {}), keep=keep)
 
     @classmethod
     def attach(
@@ -179,7 +189,8 @@ class SandboxSession:
             raise
         # It ends with this process from now on, where it ended with the older client's before.
         provider.adopt(found.handle)
-        return cls(provider, found.handle, found.client, holder, journal, Masker(secrets or {}), attached)
+        masker, keep = Masker(secrets or {}), found.session.keep
+        return cls(provider, found.handle, found.client, holder, journal, masker, attached, keep=keep)
 
     @property
     def closed(self) -> bool:
@@ -187,7 +198,9 @@ class SandboxSession:
         return self._closing
 
     def close(self, *, wait: bool = False) -> None:
-        """End the session, and its sandbox if it is ours. Idempotent; safe from any thread and at exit.
+        """End the session, and its sandbox if it is ours; or let go of one that is kept. Idempotent.
+
+        Safe from any thread and at exit.
 
         A sandbox that takes long to end does so in the background; the exit of the process waits for it. In a process
         that was forked off, only this process' own connections and threads end.
@@ -313,7 +326,10 @@ class SandboxSession:
                 self._provider.stop(self.handle)
             return
         try:
-            self.client.close_session(self.session_id)
+            if self.keep:
+                self.client.detach(self.session_id)
+            else:
+                self.client.close_session(self.session_id)
         except SandboxError as error:
             log.debug("closing the session %s: %s", self.session_id, error)  # then it is gone already
 

@@ -44,6 +44,21 @@ class _Session:
     name: str | None = None
     secrets: tuple[str, ...] = ()
     epoch: int = 1
+    keep: bool = False
+    ttl_s: float | None = None
+
+    def info(self, session_id: str) -> SessionInfo:
+        """Return it as a broker describes it."""
+        return SessionInfo(
+            session_id,
+            self.name,
+            self.epoch,
+            self.lost,
+            self.secrets,
+            running=self.running,
+            keep=self.keep,
+            ttl_s=self.ttl_s,
+        )
 
 
 @dataclasses.dataclass
@@ -80,19 +95,24 @@ class ScriptedClient:
     def check(self) -> None:
         """Always of the right version."""
 
-    def open_session(self, name: str | None = None, secrets: Mapping[str, str] | None = None) -> str:
-        """Open a session; of the secrets only the names are kept."""
+    def open_session(
+        self,
+        name: str | None = None,
+        secrets: Mapping[str, str] | None = None,
+        *,
+        keep: bool = False,
+        ttl_s: float | None = None,
+    ) -> str:
+        """Open a session; of the secrets only the names are kept, and no time passes in a script."""
         with self._changed:
             session_id = f"s{next(self._ids)}-{self._unique}"
-            self._sessions[session_id] = _Session(name=name, secrets=tuple(secrets or ()))
+            self._sessions[session_id] = _Session(name=name, secrets=tuple(secrets or ()), keep=keep, ttl_s=ttl_s)
             return session_id
 
-    def sessions(self, *, timeout_s: float = 10.0) -> list[SessionInfo]:
+    def sessions(self, *, timeout_s: float = 10.0, memory: bool = False) -> list[SessionInfo]:
         """Return the sessions."""
         with self._changed:
-            return [
-                SessionInfo(key, each.name, each.epoch, each.lost, each.secrets) for key, each in self._sessions.items()
-            ]
+            return [each.info(key) for key, each in self._sessions.items()]
 
     def attach(self, session_id: str, epoch: int) -> Attached:
         """Hand a session over. The script has one client, so nothing was under way and nobody is fenced."""
@@ -161,7 +181,10 @@ class ScriptedClient:
         error = ErrorInfo(type="ExecutionInterrupted", message="the execution was interrupted by the host")
         self._end(execution_id, ExecutionResult(outcome=Outcome.INTERRUPTED, error=error))
 
-    def close_session(self, session_id: str) -> None:
+    def detach(self, session_id: str) -> None:
+        """Let go of a session; it stays."""
+
+    def close_session(self, session_id: str, *, epoch: int | None = None, if_idle: bool = False) -> None:
         """Forget the session."""
         with self._changed:
             if session_id in self._sessions:

@@ -9,8 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from broker.protocol import limits
+from broker.protocol.opening import MAX_TTL_S, MIN_TTL_S
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
+
+#: The sandbox that is meant where none is named.
+DEFAULT_SANDBOX = "default"
 
 _PREFIX = "RLM_SANDBOX_"
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -53,6 +57,8 @@ class SandboxSettings:
         provider: ``docker``, ``bubblewrap`` (no engine needed), or ``auto``: docker where an engine answers, else
             bubblewrap where that is installed.
         max_sessions: Most sessions in one sandbox.
+        session_ttl_s: Seconds without work after which the broker ends a session in a named sandbox, also where no
+            program is there any more; or None.
         max_output_bytes: Output kept of one execution.
         max_concurrent_tools: Most host tools run at the same time for one interpreter.
         timeout_includes_tools: Whether time spent in host tools counts against the execution's time-out.
@@ -80,6 +86,7 @@ class SandboxSettings:
     secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "auto"
     max_sessions: int = 64
+    session_ttl_s: float | None = None
     max_output_bytes: int = 1 << 20
     max_concurrent_tools: int = 32
     timeout_includes_tools: bool = True
@@ -102,6 +109,8 @@ class SandboxSettings:
         _require("cpus", 0.01 <= self.cpus <= 1024, self.cpus, "between 0.01 and 1024")
         _require("pids", self.pids >= 16, self.pids, "at least 16")
         _require("max_sessions", 1 <= self.max_sessions <= 64, self.max_sessions, "between 1 and 64")
+        ttl_s = self.session_ttl_s
+        _require("session_ttl_s", ttl_s is None or _is_ttl(ttl_s), ttl_s, "seconds, at least 0.1, or None")
         output = self.max_output_bytes
         _require("max_output_bytes", 1024 <= output <= limits.MOST_OUTPUT_BYTES, output, "between 1024 and 8388608")
         _require("max_concurrent_tools", self.max_concurrent_tools >= 1, self.max_concurrent_tools, "at least 1")
@@ -146,6 +155,10 @@ def _checked(name: str, parse: Callable[[Any], Any], raw: Any) -> Any:
 def _require(name: str, holds: bool, value: object, wanted: str) -> None:
     if not holds:
         raise BadSetting(f"setting {name}={value!r}: must be {wanted}")
+
+
+def _is_ttl(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and MIN_TTL_S <= value <= MAX_TTL_S
 
 
 def _parse_flag(raw: str) -> bool:
@@ -193,6 +206,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "environment": _parse_pairs,
     "secrets": _parse_list,
     "max_sessions": int,
+    "session_ttl_s": float,
     "max_output_bytes": int,
     "max_concurrent_tools": int,
     "timeout_includes_tools": _parse_flag,

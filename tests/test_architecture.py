@@ -22,7 +22,12 @@ _STANDARD_LIBRARY_ONLY = {
     "broker.supervisor": ("broker.supervisor", "broker.worker", "broker.protocol"),
 }
 # Arrays and tables are built where these can be imported, and only in the function that builds them.
-_OPTIONAL = {"broker.protocol.values": {"numpy", "pandas"}, "broker.protocol.fast_json": {"orjson"}}
+_OPTIONAL = {
+    "broker.protocol.values": {"numpy", "pandas"},
+    "broker.protocol.fast_json": {"orjson"},
+    "broker.worker.durable.pickling": {"cloudpickle"},
+    "broker.worker.durable.restorer": {"cloudpickle"},
+}
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from broker.protocol.executions import (
     ExecutionResult,
     Outcome,
 )
+from broker.protocol.holding import HeldBy
 from broker.protocol.opening import OpenRequest
 from broker.protocol.reading import JsonObject
 from broker.protocol.tool_calls import (
@@ -39,6 +40,7 @@ __all__ = [
     "ErrorInfo",
     "ExecuteRequest",
     "ExecutionResult",
+    "HeldBy",
     "JsonObject",
     "OpenRequest",
     "Outcome",

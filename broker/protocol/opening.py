@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from broker.protocol.holding import HeldBy
 from broker.protocol.reading import BadRequest, JsonObject, Reader
 
 #: A name is for people and for command lines.
@@ -15,6 +16,9 @@ MAX_NAME_CHARS = 64
 MAX_SECRETS = 64
 MAX_SECRET_BYTES = 32 << 10
 MAX_ALL_SECRETS_BYTES = 256 << 10
+#: Times to live, in seconds: shorter ones would race with the client's own next request; ten years are for ever.
+MIN_TTL_S = 0.1
+MAX_TTL_S = 315_360_000.0
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 #: Set by the sandbox itself.
@@ -28,16 +32,25 @@ class OpenRequest:
     Attributes:
         name: To find it by, or None.
         secrets: Environment variables of its code alone; neither logged nor shown.
+        keep: Whether clients leave it as it is when they go, instead of closing it; the broker only tells them.
+        ttl_s: Idle time in seconds after which the broker ends it, or None.
+        held_by: Who opens it, for people; or None.
     """
 
     name: str | None = None
     secrets: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    keep: bool = False
+    ttl_s: float | None = None
+    held_by: HeldBy | None = None
 
     def to_json(self) -> JsonObject:
         """Return the body; it holds the values."""
         return {
             **({} if self.name is None else {"name": self.name}),
             **({"secrets": dict(self.secrets)} if self.secrets else {}),
+            **({"keep": True} if self.keep else {}),
+            **({} if self.ttl_s is None else {"ttl_s": self.ttl_s}),
+            **({} if self.held_by is None else {"held_by": self.held_by.to_json()}),
         }
 
     @classmethod
@@ -47,7 +60,13 @@ class OpenRequest:
         secrets = read.mapping("secrets") if read.has("secrets") else {}
         if (problem := secrets_problem(secrets)) is not None:
             raise BadRequest(f"session: {problem}")
-        return cls(name=read.optional_text("name", max_chars=MAX_NAME_CHARS), secrets=secrets)
+        return cls(
+            name=read.optional_text("name", max_chars=MAX_NAME_CHARS),
+            secrets=secrets,
+            keep=read.flag("keep", False),
+            ttl_s=read.optional_number("ttl_s", low=MIN_TTL_S, high=MAX_TTL_S),
+            held_by=HeldBy.optional(read),
+        )
 
 
 def secrets_problem(secrets: Mapping[Any, Any]) -> str | None:

@@ -184,6 +184,10 @@ class FakeSpawner:
         self.swept.append(slot)
         gevent.get_hub().loop.run_callback(done, True)
 
+    def memory_bytes(self, slot: int) -> int | None:
+        """A thread has no memory of its own."""
+        return None
+
     def slot_of(self, peer: Peer) -> int | None:
         """Return the newest slot."""
         return max(self._workers, default=None)

@@ -27,7 +27,10 @@ def serve() -> dict[str, Any] | str:
     namespace.pop(SERVE, None)
     request = namespace.pop(REQUEST)
     try:
-        answer = OPERATIONS[request.pop("operation")](**request)
+        operation = request.pop("operation")
+        if operation in _OF_THE_NAMESPACE:
+            request["namespace"] = namespace
+        answer = OPERATIONS[operation](**request)
         return answer if isinstance(answer, str) else {"answer": answer}
     except files.Refused as refused:
         return {"error": str(refused), "path": refused.path}
@@ -67,6 +70,23 @@ def _has_module(name: str) -> bool:
         return name in sys.modules
 
 
+def saving(step: str, **arguments: Any) -> Any:
+    """Take a step of saving or restoring the namespace; see ``broker.worker.durable``."""
+    from broker.worker.durable import packages, restorer, saver  # few sessions ever do
+
+    steps: dict[str, Callable[..., Any]] = {
+        "versions": packages.versions,
+        "start": saver.start,
+        "wait": saver.wait,
+        "part": saver.part,
+        "end": saver.end,
+        "restore": restorer.start,
+        "restore_part": restorer.part,
+        "restore_load": restorer.load,
+    }
+    return steps[step](**arguments)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "list": files.listing,
     "read": files.read,
@@ -74,4 +94,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "folders": files.make_folders,
     "missing": missing,
     "artifacts": artifacts.collect,
+    "save": lambda **arguments: saving("start", **arguments),
+    "restore": lambda **arguments: saving("restore_load", **arguments),
+    "saving": saving,
 }
+#: These are given the caller's namespace.
+_OF_THE_NAMESPACE = frozenset({"save", "restore"})

@@ -87,9 +87,13 @@ def read(parts: list[list[Any]]) -> str:
         A line with ``size:end`` of each, where ``end`` is 1 where the file ends there, else 0; then all of the data, in
         base64. One text, because only a text is not shown, at some cost, as its ``repr`` too.
     """
-    read = [_read(*part) for part in parts]
-    sizes = " ".join(f"{len(data)}:{end:d}" for data, end in read)
-    return f"{sizes}\n{base64.b64encode(b''.join(data for data, _ in read)).decode('ascii')}"
+    return spelt([_read(*part) for part in parts])
+
+
+def spelt(parts: list[tuple[bytes, bool]]) -> str:
+    """Return parts of files, each with whether its file ends there, as ``read`` does."""
+    sizes = " ".join(f"{len(data)}:{end:d}" for data, end in parts)
+    return f"{sizes}\n{base64.b64encode(b''.join(data for data, _ in parts)).decode('ascii')}"
 
 
 def _read(path: str, offset: int, length: int) -> tuple[bytes, bool]:

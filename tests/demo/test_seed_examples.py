@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 
 import pytest
@@ -105,6 +106,14 @@ def test_tool_runs_in_the_sandbox_and_the_host_is_not_called(capsys: pytest.Capt
     assert [call.name for call in History().find(run.id).calls if call.kind == "tool"] == ["llm_query"]
 
 
+def test_a_saved_session_goes_on_in_another_sandbox(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output_of("save_and_restore", capsys).splitlines() == [
+        "saved: defaultdict, fmean, readings, line, sensor, degrees, mean",
+        "not saved: torn, generator",
+        "warmest: roof",
+    ]
+
+
 def test_three_pools_keep_state_where_it_is_strict_and_print_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of("three_pools", capsys)
     answers, *runs = re.split(r"^\w{8} RLM ", printed, flags=re.MULTILINE)
@@ -132,3 +141,16 @@ def test_what_code_prints_is_never_an_answer() -> None:
         printed = interpreter.execute("for line in lines: print(line)", {"lines": lines})
         assert printed.splitlines() == lines
         assert interpreter.execute("SUBMIT(answer='real')") == FinalOutput({"answer": "real"})
+
+
+def test_three_programs_share_a_session(capsys: pytest.CaptureFixture[str]) -> None:
+    sandbox = f"shared-session-{os.getpid()}"
+    assert load("shared_session").main(["--scripted", "--sandbox", sandbox]) == 0
+    texts = {page.stem: page.read_text(encoding="utf-8").split() for page in ROOT.glob("docs/decisions/*.md")}
+    longest = max(texts, key=lambda name: len(texts[name]))
+    assert capsys.readouterr().out.splitlines() == [
+        f"loaded {len(texts)} documents of {sum(map(len, texts.values())):,} words",
+        f"asked: the longest is {longest}, {len(texts[longest]):,} words",
+        "there is library: idle, held by nobody",
+        "closed; 0 are left",
+    ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from broker.protocol.messages import ErrorInfo, Outcome, ToolResult
+from broker.protocol.messages import ErrorInfo, OpenRequest, Outcome, ToolResult
 from broker.protocol.values import Encoder
 from broker.testing import InProcessBroker
 from broker.worker.display import clip
@@ -294,19 +294,28 @@ def test_who_attaches_without_the_secret_is_refused_and_with_it_masks_it(broker:
 
 
 class Forgetful(InProcessBroker):
-    """A broker of a version that does not know secrets."""
+    """A broker of a version that knows nothing but a session's name."""
 
     def __enter__(self) -> Forgetful:
         super().__enter__()
         opened = self.daemon.sessions.open
-        self.daemon.sessions.open = lambda name, secrets: opened(name)  # type: ignore[method-assign]
+        self.daemon.sessions.open = lambda wanted: opened(OpenRequest(name=wanted.name))  # type: ignore[method-assign]
         return self
 
 
-def test_a_sandbox_that_would_drop_secrets_in_silence_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("keywords", "dropped"),
+    [
+        ({"secrets": {"API_KEY": SECRET}}, "secrets"),
+        ({"session": "novel", "keep": True}, "sessions that stay"),
+        ({"settings": dataclasses.replace(SETTINGS, session_ttl_s=60)}, "time to live"),
+    ],
+)
+def test_a_sandbox_that_would_drop_a_wish_in_silence_is_refused(keywords: dict[str, Any], dropped: str) -> None:
     with Forgetful() as broker:
-        interpreter = SandboxInterpreter(secrets={"API_KEY": SECRET}, provider=FakeProvider(broker), settings=SETTINGS)
-        with pytest.raises(ProtocolMismatch, match="secrets"):
+        given = {"settings": SETTINGS, "sandbox": "old", **keywords}
+        interpreter = SandboxInterpreter(provider=FakeProvider(broker), **given)
+        with pytest.raises(ProtocolMismatch, match=dropped):
             interpreter.start()
         assert broker.host.request("GET", "/v1/sessions")[1] == {"sessions": []}
 
