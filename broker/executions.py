@@ -33,8 +33,8 @@ class Execution:
         result: Set at its end, together with ``blobs``.
         blobs: Raw parts of the result's value.
         size: Bytes held for its reply, roughly; counted at its end.
-        on_lane: What was left to the lane: the worker's frame, until it is sent after all; None once it was, or where
-            the lane was not asked for.
+        on_lane: Whether it was left to the lane.
+        left: The worker's frame of such a one, until it is sent after all or the execution ends.
         forward_at: Clock time at which it is sent after all.
         told: Whether the worker itself has told the host the result, on the lane.
     """
@@ -50,7 +50,8 @@ class Execution:
     result: ExecutionResult | None = None
     blobs: Sequence[Blob] = ()
     size: int = 0
-    on_lane: tuple[dict[str, Any], Blobs] | None = None
+    on_lane: bool = False
+    left: tuple[dict[str, Any], Blobs] | None = None
     forward_at: float | None = None
     told: bool = False
 

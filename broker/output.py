@@ -60,6 +60,11 @@ class OutputBuffer:
             self.discarded_bytes += len(data) - self._room
             self._room = 0
 
+    @property
+    def kept(self) -> bytes:
+        """What was kept, as it came."""
+        return bytes(self._kept)
+
     def output(self) -> Output:
         """Return what is there so far; a character that the limit cut in two is left out."""
         if not self._kept:
@@ -79,6 +84,7 @@ class OutputPipe:
     def __init__(self, on_overflow: Callable[[], None], on_end: Callable[[OutputPipe], None]) -> None:
         self._buffer = OutputBuffer(0)
         self._on_overflow, self._on_end = on_overflow, on_end
+        self._carried = b""
         self._taken = self._overflowed = False
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read_end, False)
@@ -89,6 +95,8 @@ class OutputPipe:
     def begin(self, max_bytes: int, *, watch: bool = True) -> None:
         """Keep so many bytes of what comes from now on; without ``watch``, what fits into the pipe stays in there."""
         self._buffer = OutputBuffer(max_bytes)
+        self._buffer.add(self._carried)
+        self._carried = b""
         self._taken = self._overflowed = False
         if watch:
             self.watch()
@@ -123,6 +131,11 @@ class OutputPipe:
         output = self._buffer.output()
         self._buffer = OutputBuffer(0)
         return output
+
+    def leave(self) -> None:
+        """End an execution that is known to have printed nothing: what is here is of the next one, not yet heard of."""
+        self._carried = self._buffer.kept
+        self.rest()
 
     def close(self) -> None:
         """Close both ends. Idempotent."""
@@ -226,6 +239,13 @@ class OutputPipes:
         if len(self._left_over) > MAX_LEFT_OVER_PIPES:
             self._left_over[0].close()
         return output
+
+    def leave(self) -> None:
+        """Keep the pipe, and whatever is in it, for the next execution."""
+        pipe, self._current = self._current, None
+        if pipe is not None and not pipe.closed:
+            pipe.leave()
+            self._kept = pipe
 
     def close(self) -> None:
         """Close every pipe."""

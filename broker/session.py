@@ -71,6 +71,9 @@ class Worker(Protocol):
             keep: The next execution shall print into the same pipe, which nobody else holds.
         """
 
+    def leave_output(self) -> None:
+        """The execution printed nothing, into a pipe that is kept: what is in there is of the next one."""
+
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""
 
@@ -230,7 +233,8 @@ class Session:
         self.executions.add(execution)
         header = request.to_worker()
         if on_lane and self._worker.leave_to_lane(max_output_bytes=request.max_output_bytes):
-            execution.on_lane, execution.forward_at = (header, blobs), self._clock() + limits.LANE_PATIENCE_S
+            execution.on_lane, execution.left = True, (header, blobs)
+            execution.forward_at = self._clock() + limits.LANE_PATIENCE_S
         else:
             self._worker.execute(header, blobs, max_output_bytes=request.max_output_bytes)
         self._on_deadline()
@@ -366,6 +370,9 @@ class Session:
                     self._lose(EXPIRED)
             return
         if running.forward_at is not None and now >= running.forward_at:
+            self._catch_up()  # it may have ended long ago: what is read from the pipe from now on counts as its output
+            if running.result is not None:
+                return
             self._forward(running)
         deadline = running.stopwatch.deadline()
         if running.cause is None and deadline is not None and now >= deadline:
@@ -380,7 +387,7 @@ class Session:
 
     def _forward(self, execution: Execution) -> None:
         """Send what was left to the lane, and take care of its output; the worker throws away what it had already."""
-        left, execution.on_lane, execution.forward_at = execution.on_lane, None, None
+        left, execution.left, execution.forward_at = execution.left, None, None
         if left is not None:
             self._worker.execute_left(*left)
 
@@ -417,7 +424,7 @@ class Session:
         if cause is Outcome.INTERRUPTED and report.outcome in (Outcome.OK, Outcome.SUBMITTED):
             cause = None
         if cause is None:
-            execution.told = report.told
+            execution.told = execution.on_lane and report.told and report.keeps_pipe
             self._end(execution, report.outcome, report.error, report)
         else:
             # Its value does not count any more, but both sides must go on with the same pipe.
@@ -439,7 +446,11 @@ class Session:
     def _end(
         self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
     ) -> None:
-        output = self._worker.take_output(keep=report is not None and report.keeps_pipe)
+        output = Output()
+        if execution.told:  # and the host may have sent the next one, which may have printed already
+            self._worker.leave_output()
+        else:
+            output = self._worker.take_output(keep=report is not None and report.keeps_pipe)
         result = ExecutionResult(
             outcome=outcome,
             output=output.text,
@@ -451,7 +462,7 @@ class Session:
             duration_s=round(self._clock() - execution.started_at, 6),
         )
         self.executions.ended(execution, result, () if report is None else report.blobs)
-        execution.on_lane = execution.forward_at = self._running = None
+        execution.left = execution.forward_at = self._running = None
         self.tool_calls.close(CallState.CANCELLED)
         self.idleness.begin_anew()
         if self.idleness.ttl_s is not None:

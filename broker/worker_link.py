@@ -139,6 +139,10 @@ class WorkerLink:
         """Return what the execution printed, up to now."""
         return self._pipes.take(keep=keep)
 
+    def leave_output(self) -> None:
+        """See ``session.Worker.leave_output``."""
+        self._pipes.leave()
+
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""
         self._on_killed()

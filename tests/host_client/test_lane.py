@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from broker.session import Session
 from broker.testing import InProcessBroker
 from host_client import SandboxInterpreter, SandboxSettings, lane
 from host_client.dspy_compat import contract
@@ -106,6 +108,21 @@ def test_output_and_tool_calls_are_not_lost(warm: SandboxInterpreter) -> None:
     for number in range(20):
         assert warm.execute(f"print({number})") == f"{number}"
         assert warm.execute(f"double({number})") == 2 * number
+
+
+def test_what_is_printed_is_of_its_execution_where_the_broker_lags_behind(
+    warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = Session.frame_received
+
+    def later(session: Session, *frame: Any) -> None:
+        time.sleep(0.04)  # meanwhile the host has sent the next one, and that has printed
+        received(session, *frame)
+
+    monkeypatch.setattr(Session, "frame_received", later)
+    for number in range(10):
+        assert warm.execute("1") == 1
+        assert warm.execute(f"print({number})") == f"{number}"
 
 
 def test_what_the_worker_says_late_the_broker_is_asked_for(
