@@ -1,4 +1,4 @@
-"""``python3 -m broker.relay <socket>``: carries the host's connections to ``host.sock``, over its standard input and output.
+"""``python3 -m broker.relay <socket>``: carries the host's connections to ``host.sock``, over stdin and stdout.
 
 Where the socket cannot be shared with the host, the engine starts this in the sandbox, under the broker's uid (see
 ``docs/decisions/019-exec-transport.md``). It is as much out of reach of generated code as the broker is, holds no

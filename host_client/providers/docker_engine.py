@@ -92,7 +92,7 @@ class DockerEngine:
     def __init__(self, quick: docker.APIClient, patient: docker.APIClient | None = None, *, url: str = "") -> None:
         self._quick = quick
         self._patient = patient if patient is not None else quick
-        self.url = url
+        self._url = url
 
     @classmethod
     def connect(cls, timeout_s: float = CONNECT_TIMEOUT_S) -> DockerEngine:
@@ -111,6 +111,11 @@ class DockerEngine:
             quick = docker.APIClient(version=version, timeout=CALL_TIMEOUT_S, **options)
             patient = docker.APIClient(version=version, timeout=BUILD_TIMEOUT_S, **options)
         return cls(quick, patient, url=url)
+
+    @property
+    def url(self) -> str:
+        """Where it was found."""
+        return self._url
 
     def close(self) -> None:
         """Close the connections; the engine and its containers go on."""
@@ -330,7 +335,7 @@ def _hijacked(reply: Any) -> ExecStream:
     """Return the connection that a reply came on, whose bytes are the program's from here on."""
     buffered = getattr(reply.raw._fp, "fp", None)
     connection = getattr(getattr(buffered, "raw", None), "_sock", None)
-    if connection is None:  # SSH and named pipes of Windows
+    if buffered is None or connection is None:  # SSH and named pipes of Windows
         raise ProviderError(
             "this engine's connection cannot carry a program's input and output",
             help="give it a socket: ssh -NL /path/of/yours.sock:/var/run/docker.sock user@host   "

@@ -11,6 +11,10 @@ from host_client.providers.exec_stream import ExecStream
 class Engine(Protocol):
     """A container engine. Its methods raise ``SandboxError``; containers are named by id or name."""
 
+    @property
+    def url(self) -> str:
+        """Where it was found."""
+
     def create_container(self, **keywords: Any) -> str:
         """Create a container and return its id."""
 

@@ -15,10 +15,12 @@ from collections.abc import Callable
 
 from broker.protocol.tunnel import HELLO, Tunnel, TunnelBroken
 from host_client.errors import SandboxError
-from host_client.providers.container_spec import HOST_SOCKET_DIR
+from host_client.providers.base import SandboxHandle
+from host_client.providers.container_spec import EXEC, HOST_SOCKET_DIR
 from host_client.providers.engine_api import Engine
 from host_client.providers.exec_stream import ExecStream
 from host_client.runtime_dir import SOCKET_NAME, broker_uid
+from host_client.transport import SocketTransport, UnixSocketTransport
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class Line:
         self._pid = os.getpid()
         self._users = 0
 
-    def dial(self, timeout_s: float = REOPEN_TIMEOUT_S) -> socket.socket:
+    def dial(self, timeout_s: float) -> socket.socket:
         """Return a new connection to the broker. The relay is started where none runs (any more).
 
         Args:
@@ -98,6 +100,26 @@ class Line:
             if self._tunnel is None or self._tunnel.ended:
                 self._tunnel = _start(self._connect, self._container_id, timeout_s)
             return self._tunnel
+
+
+def exec_transport(line: Line) -> SocketTransport:
+    """Return a transport over a line, which has one user less when it is closed."""
+    # No descriptor passes through a stream of bytes.
+    return SocketTransport(
+        line.dial, files=False, connect_timeout_s=REOPEN_TIMEOUT_S, on_close=line.let_go, can_resume=True
+    )
+
+
+def transport_by(engine: Engine, handle: SandboxHandle) -> SocketTransport:
+    """Return a transport to a sandbox for a question or two, where a relay's start is no matter.
+
+    Args:
+        engine: Stays connected until the transport is closed.
+        handle: The sandbox.
+    """
+    if handle.transport != EXEC:
+        return UnixSocketTransport(handle.socket_path)
+    return exec_transport(Line(handle.sandbox_id, lambda: engine).use())
 
 
 class Lines:
