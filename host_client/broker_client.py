@@ -246,6 +246,11 @@ class HttpBrokerClient:
         self._transport = transport
         self._epoch = 1
 
+    @property
+    def transport(self) -> Transport:
+        """How requests get there."""
+        return self._transport
+
     def check(self) -> None:
         """See ``BrokerClient.check``."""
         health = _checked(self._transport.request("GET", "/v1/health", timeout_s=_PROMPT_S)).header

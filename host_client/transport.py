@@ -105,6 +105,9 @@ class SocketTransport:
         on_close: Called once, by ``close``.
         can_resume: Whether the way may break and be mended while the broker goes on, so that a broken connection does
             not mean that it has ended.
+
+    Attributes:
+        breaks: How many connections have broken so far.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class SocketTransport:
         fast_json.use()
         self._dial, self._on_close, self.can_resume = dial, on_close, can_resume
         self._connect_timeout_s = connect_timeout_s
+        self.breaks = 0
         # Guards _idle, _pid and _closed: a connection is in _idle or in the hands of one thread, never both.
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.
         self._lock = threading.RLock()
@@ -182,6 +186,7 @@ class SocketTransport:
         except TimeoutError:
             raise BrokerTimeout(f"the broker did not answer {method} {path} within {timeout_s:.1f} s") from None
         except OSError as error:
+            self.breaks += 1
             raise BrokerUnreachable(f"no answer from the broker: {error.strerror or error}") from None
         except (BadReply, frames.FrameError, BadRequest) as error:
             raise MalformedReply(f"the broker's answer to {method} {path} is malformed: {error}") from None
@@ -216,6 +221,7 @@ class SocketTransport:
             try:
                 return self._exchange(connection, talk, timeout_s, spoken)
             except (ConnectionEnded, BrokenPipeError, ConnectionResetError) as error:
+                self.breaks += 1
                 if isinstance(error, ConnectionEnded) and not error.clean:
                     raise
         connection = self._open(spoken, min(timeout_s, self._connect_timeout_s))

@@ -18,6 +18,7 @@ from typing import Any
 from broker.protocol import PROTOCOL_VERSION
 from broker.protocol.self_test import Check, Limits, SelfTest
 from host_client.errors import ImageMissing, ProviderError
+from host_client.providers.container_spec import LABEL_DIRECTORY
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.exec_stream import ExecStream
 
@@ -42,7 +43,7 @@ class FakeContainer:
     @property
     def socket_path(self) -> Path:
         """Where the host expects its socket."""
-        return Path(self.keywords["mounts"][0]["Source"]) / "host.sock"
+        return Path(self.keywords["labels"][LABEL_DIRECTORY]) / "host.sock"
 
     def self_test(self, *failed: str) -> SelfTest:
         """Return what a sandbox of this make finds out about itself.

@@ -286,7 +286,7 @@ def _relayed_health(way: SocketTransport, timeout_s: float, is_running: Callable
         if not is_running():
             raise Died from None
         raise TransportUnusable(
-            f"setting transport: the engine does not run the relay in the sandbox: {error}",
+            f"transport='exec': no relay runs in the sandbox: {error}",
             help="RLM_SANDBOX_TRANSPORT=socket, where the engine is on this machine",
         ) from error
 
