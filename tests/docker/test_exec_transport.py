@@ -1,23 +1,24 @@
-"""The broker reached through a relay in its container, with the engine of this machine: the same promises, and faults."""
+"""The broker reached through a relay in its container, on the engine of this machine: the same promises, and faults."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from host_client import SandboxInterpreter, SandboxSettings, doctor, tool
+from host_client import SandboxInterpreter, SandboxPool, SandboxSettings, doctor
 from host_client.connected_sandbox import transport_to
 from host_client.errors import SessionLost, UnknownSandbox
-from host_client.providers.base import SandboxHandle
 from host_client.providers.docker import DockerProvider
 from host_client.providers.docker_engine import DockerEngine
+from host_client.providers.exec_tunnel import transport_by
+from host_client.providers.isolation import Isolation
 from host_client.runtime_dir import RuntimeDir
 from host_client.status_table import count_sessions
 from tests.docker.sandboxes import engine, image, leaks, provider, run_host, runtime
@@ -205,8 +206,6 @@ def test_a_host_that_is_killed_leaves_no_relay_and_the_broker_sees_it_go(
         assert len(pids) == 2, "ours, and the other process's"
         watches = [os.pidfd_open(pid) for pid in pids]
         host.kill()
-        import select
-
         poll = select.poll()
         for watch in watches:
             poll.register(watch, select.POLLIN)
@@ -216,3 +215,133 @@ def test_a_host_that_is_killed_leaves_no_relay_and_the_broker_sees_it_go(
     with contextlib.closing(transport_to(provider, handle)) as transport:
         assert transport.request("GET", "/v1/health", timeout_s=20).header["connections"] == 1
     provider.stop(handle)
+
+
+def test_an_engine_behind_tcp_is_reached_by_a_relay_also_after_the_connection_was_cut(
+    image: str,
+    settings: SandboxSettings,
+    engine: DockerEngine,
+    runtime: RuntimeDir,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ran: list[str] = []
+
+    def effect(text: str) -> str:
+        ran.append(text)
+        remote.cut()
+        return text.upper()
+
+    with tcp_engine() as remote, caplog.at_level("INFO", logger="host_client"):
+        monkeypatch.setenv("DOCKER_HOST", remote.url)
+        provider = DockerProvider()
+        automatic = SandboxSettings(image=image, journal=settings.journal)
+        with interpreter(provider, automatic, effect=effect) as made:
+            assert made.execute("x = 1\neffect('cut')") == "CUT"
+            assert made.execute("x") == 1
+        assert "transport exec: the engine is reached at tcp://127.0.0.1:" in caplog.text
+        assert leaks(engine, runtime) == []
+    assert ran == ["cut"]
+
+
+def test_doctor_says_which_transport_is_used_and_why(
+    provider: DockerProvider, settings: SandboxSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.run(settings, provider=provider) == 0
+    said = capsys.readouterr().out
+    assert "Transport: exec (transport='exec' was asked for)" in said
+    assert "WEAK" not in said
+
+
+def test_status_counts_sessions_through_a_relay(
+    provider: DockerProvider, settings: SandboxSettings, engine: DockerEngine
+) -> None:
+    with interpreter(provider, settings) as made:
+        made.execute("1")
+        [handle] = provider._process.owned.values()
+        assert count_sessions(transport_by(engine, handle)) == 1
+
+
+def test_a_pool_has_relayed_sandboxes_ready(
+    provider: DockerProvider, settings: SandboxSettings, engine: DockerEngine, runtime: RuntimeDir
+) -> None:
+    with SandboxPool(name="dexec", min_size=1, max_size=2, provider=provider, settings=settings) as pool:
+        assert pool.prewarm(wait=True)
+        for _ in range(2):
+            with pool.interpreter() as made:
+                assert made.execute("before = 'x' in globals()\nx = 1\nbefore") is False
+    assert leaks(engine, runtime) == []
+
+
+#: What a session tries on a process that is not its own; ``pid`` is the relay's.
+_ATTEMPTS = {
+    "signal": "os.kill(pid, 18)",
+    "signal by pidfd": "signal.pidfd_send_signal(os.pidfd_open(pid), 18)",
+    "priority": "os.setpriority(os.PRIO_PROCESS, pid, 19)",
+    "limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE)",
+    "connect to the host's socket": "socket.socket(socket.AF_UNIX).connect('/run/rlm-sandbox/host/host.sock')",
+    "list the host's folder": "os.listdir('/run/rlm-sandbox/host')",
+    "a socket beside it": "socket.socket(socket.AF_UNIX).bind('/run/rlm-sandbox/host/x.sock')",
+    "its environment": "open(f'/proc/{pid}/environ', 'rb').read()",
+    "its memory": "open(f'/proc/{pid}/mem', 'rb')",
+    "its descriptors": "os.listdir(f'/proc/{pid}/fd')",
+    "its input": "open(f'/proc/{pid}/fd/0', 'wb')",
+    "its output": "open(f'/proc/{pid}/fd/1', 'wb')",
+    "ptrace": "call(101, 16, pid, 0, 0)",
+    "process_vm_readv": "call(310, pid, 0, 0, 0, 0, 0)",
+    "pidfd_getfd": "call(438, os.pidfd_open(pid), 0, 0)",
+    "become its user": "os.setuid(os.stat(f'/proc/{pid}').st_uid or 19999)",
+}
+_ATTACK = (
+    "import ctypes, os, resource, signal, socket\n"
+    "def relay():\n"
+    "    for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+    "        try:\n"
+    "            if b'broker.relay' in open(f'/proc/{pid}/cmdline', 'rb').read():\n"
+    "                return int(pid)\n"
+    "        except OSError:\n"
+    "            continue\n"
+    "def call(number, *arguments):\n"
+    "    libc = ctypes.CDLL(None, use_errno=True)\n"
+    "    if libc.syscall(number, *map(ctypes.c_long, arguments)) < 0:\n"
+    "        raise OSError(ctypes.get_errno(), 'refused')\n"
+    "pid = relay()\n"
+    "found = {}\n"
+    f"for what, attempt in {_ATTEMPTS!r}.items():\n"
+    "    try:\n"
+    "        exec(attempt)\n"
+    "        found[what] = 'worked'\n"
+    "    except PermissionError:\n"
+    "        found[what] = 'denied'\n"
+    "    except OSError as error:\n"
+    "        found[what] = f'{type(error).__name__} {error.errno}'\n"
+    "[pid is not None, found]"
+)
+#: What the weakened build, with one user for all, gives away: the same attempts are no mistakes of the test.
+_FALLS = {
+    "signal",
+    "signal by pidfd",
+    "priority",
+    "limits",
+    "connect to the host's socket",
+    "list the host's folder",
+    "a socket beside it",
+    "become its user",
+}
+
+
+def test_generated_code_reaches_neither_the_relay_nor_what_it_reaches(
+    provider: DockerProvider, settings: SandboxSettings
+) -> None:
+    with interpreter(provider, settings) as made:
+        saw_it, found = made.execute(_ATTACK)
+        assert saw_it
+        assert found == dict.fromkeys(_ATTEMPTS, "denied")
+
+
+def test_the_same_attempts_work_in_the_weakened_build(runtime: RuntimeDir, settings: SandboxSettings) -> None:
+    weak = Isolation(seccomp={"defaultAction": "SCMP_ACT_ALLOW"}, separate_users=False, landlock=False, enforced=False)
+    provider = DockerProvider(isolation_of=lambda _: weak)
+    with interpreter(provider, settings) as made:
+        _, found = made.execute(_ATTACK)
+        assert {what for what, how in found.items() if how == "worked"} >= _FALLS, found
