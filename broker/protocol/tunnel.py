@@ -124,6 +124,7 @@ class Tunnel:
         self._wake()
         if self.ended:
             ours.close()
+            theirs.close()
             raise ConnectionRefusedError("the tunnel to the sandbox has ended")
         return ours
 

@@ -35,6 +35,11 @@ class Broker:
             self._serve(sock)
 
 
+def hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 def echo(sock: socket.socket) -> None:
     while data := sock.recv(1 << 16):
         sock.sendall(data)
@@ -48,7 +53,7 @@ def tunnel(connect: Callable[[], socket.socket]) -> Iterator[Tunnel]:
     relay = Tunnel(Pipes(there.fileno(), there.fileno()), connect)
     with here, there, ThreadPoolExecutor(2) as threads:
         ends = [threads.submit(each.run) for each in (host, relay)]
-        ends[0].add_done_callback(lambda _: here.shutdown(socket.SHUT_RDWR))
+        ends[0].add_done_callback(lambda _: hang_up(here))
         try:
             yield host
         finally:
@@ -168,7 +173,7 @@ def hostile(*messages: bytes) -> BaseException | None:
             except BaseException as error:
                 end.set_exception(error)
             finally:
-                here.shutdown(socket.SHUT_RDWR)
+                hang_up(here)
 
         threading.Thread(target=run, daemon=True).start()
         assert there.recv(9) == struct.pack(">BII", _OPEN, 1, 0)
