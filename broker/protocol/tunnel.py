@@ -170,6 +170,8 @@ class Tunnel:
             self._heard_at = self._clock()
             self._inbox += data
             self._take_messages()
+            if self._outbox:
+                self._flush()  # credit, before whoever sends has used up all that it had
             data = self._stream.read()
         return data is None
 
