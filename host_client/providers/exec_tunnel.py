@@ -48,6 +48,8 @@ class Line:
         self._container_id, self._connect, self._on_close = container_id, connect, on_close
         # Guards _tunnel: of many threads that find it gone, one opens the next.
         self._lock = threading.Lock()
+        # Guards _users.
+        self._counting = threading.Lock()
         self._tunnel: _Running | None = None
         self._pid = os.getpid()
         self._users = 0
@@ -62,8 +64,7 @@ class Line:
             RelayEnded: It cannot be started: the sandbox, or the broker, is gone.
             OSError: Another failure on the way; ``TimeoutError``.
         """
-        if self._pid != os.getpid():
-            self._lock, self._tunnel, self._pid = threading.Lock(), None, os.getpid()
+        self._forget_parent()
         for _ in range(2):  # the one that was found may end before it was asked
             tunnel = self._tunnel
             if tunnel is None or tunnel.ended:
@@ -76,13 +77,15 @@ class Line:
 
     def use(self) -> Line:
         """Note one more user."""
-        with self._lock:
+        self._forget_parent()
+        with self._counting:
             self._users += 1
         return self
 
     def let_go(self) -> None:
         """Note that a user is done; the last one ends the relay."""
-        with self._lock:
+        self._forget_parent()
+        with self._counting:
             self._users -= 1
             last = not self._users
         if last:
@@ -91,9 +94,16 @@ class Line:
 
     def close(self) -> None:
         """End the relay, and with it every connection through it."""
+        self._forget_parent()
         tunnel, self._tunnel = self._tunnel, None
-        if tunnel is not None and self._pid == os.getpid():
+        if tunnel is not None:
             tunnel.close()
+
+    def _forget_parent(self) -> None:
+        """In a forked child: the tunnel, its thread and whoever holds the locks are the parent's."""
+        if self._pid != os.getpid():
+            self._tunnel, self._pid = None, os.getpid()
+            self._lock, self._counting = threading.Lock(), threading.Lock()
 
     def _opened(self, timeout_s: float) -> _Running:
         with self._lock:
