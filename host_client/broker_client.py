@@ -249,6 +249,11 @@ class HttpBrokerClient:
         self._epoch = 1
         self._lanes = LaneUser(transport)
 
+    @property
+    def transport(self) -> Transport:
+        """How requests get there."""
+        return self._transport
+
     def check(self) -> None:
         """See ``BrokerClient.check``."""
         health = _checked(self._transport.request("GET", "/v1/health", timeout_s=_PROMPT_S)).header

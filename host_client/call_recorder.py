@@ -50,6 +50,10 @@ class CallRecorder:
         self._closed = True
         self._journal.close()
 
+    def goes_on_as(self, holder: Holder) -> None:
+        """Record under another epoch from now on: the session was taken over from ourselves."""
+        self._holder = holder
+
     def begin(self, claim: Claim, *, idempotent: bool) -> RunningRecord:
         """Note that a tool starts; of an idempotent one only when it has ended.
 

@@ -11,7 +11,7 @@ from host_client.broker_client import BrokerClient, HttpBrokerClient
 from host_client.errors import BrokerUnreachable, SessionLost
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
-from host_client.transport import UnixSocketTransport
+from host_client.transport import Transport, UnixSocketTransport
 
 
 class ConnectingProvider(SandboxProvider, Protocol):
@@ -81,7 +81,16 @@ def connect(provider: SandboxProvider, handle: SandboxHandle) -> BrokerClient:
     own: Callable[[SandboxHandle], BrokerClient] | None = getattr(provider, "connect", None)
     if own is not None:
         return own(handle)
-    return HttpBrokerClient(UnixSocketTransport(handle.socket_path))
+    return HttpBrokerClient(transport_to(provider, handle))
+
+
+def transport_to(provider: SandboxProvider, handle: SandboxHandle) -> Transport:
+    """Return what carries requests to a sandbox's broker; nothing is sent yet.
+
+    A provider whose sockets cannot always be shared says how with a method ``transport``.
+    """
+    own: Callable[[SandboxHandle], Transport] | None = getattr(provider, "transport", None)
+    return UnixSocketTransport(handle.socket_path) if own is None else own(handle)
 
 
 def is_slow(provider: SandboxProvider) -> bool:

@@ -5,6 +5,7 @@ It starts a sandbox, reads its self-test, throws it away, and looks at what the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import textwrap
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from broker.protocol.self_test import Check
+from host_client.connected_sandbox import transport_to
 from host_client.engine import connect_engine
 from host_client.providers.base import SandboxProvider
 from host_client.providers.docker import DockerProvider
@@ -65,7 +67,10 @@ def run(
     finally:
         engine.close()
     say(f"Provider: docker ({why})")
-    inside = look_inside(settings, provider or DockerProvider())
+    provider = provider or DockerProvider(connect=connect)
+    inside = look_inside(settings, provider)
+    transport = provider.choose_transport(settings)
+    say(f"Transport: {transport.name} ({transport.why})")
     around = engine_limits(info)
     for title, checks in (("The sandbox, as it finds itself", inside), ("The engine's limits", around)):
         say(title)
@@ -151,7 +156,8 @@ def look_inside(settings: SandboxSettings, provider: SandboxProvider) -> list[Ch
     finally:
         logging.disable(before)
     try:
-        return self_test(handle.socket_path, settings, Isolation.of(settings))
+        with contextlib.closing(transport_to(provider, handle)) as transport:
+            return self_test(transport, settings, Isolation.of(settings))
     finally:
         provider.stop(handle)
 

@@ -151,6 +151,11 @@ def _may_start(machine: Machine) -> bool:
 
 def _advice(machine: Machine) -> str:
     """Return the command that brings an engine up on this machine."""
+    if engine_url().startswith("ssh://"):
+        return (
+            "Forward its socket: ssh -NL /path/of/yours.sock:/var/run/docker.sock user@host   "
+            "and DOCKER_HOST=unix:///path/of/yours.sock"
+        )
     if engine_url() != DEFAULT_SOCKET:
         return "That address comes from DOCKER_HOST or `docker context`; start that engine, or: unset DOCKER_HOST"
     if machine.is_macos():

@@ -18,7 +18,8 @@
     │ ├ ForeignSession                it is in another user's sandbox
     │ ├ UnknownRun                    the history has no such run
     │ ├ UnknownSandbox                no running sandbox has that name
-    │ └ UnknownPool                   no open pool of this process has that name
+    │ ├ UnknownPool                   no open pool of this process has that name
+    │ └ TransportUnusable             the way to the broker that was asked for does not lead there
     ├ FileRefused                     a file or folder cannot be put into a session, or got from it; ``path`` says which
     ├ SavedSessionError               a session cannot be saved, or restored; ``path`` says where
     │ ├ SaveFailed                    nothing was written, the session is as it was
@@ -253,6 +254,12 @@ class SavedFileMismatch(SavedSessionError):
     ) -> None:
         super().__init__(message, path=path, help=help)
         self.differs = dict(differs)
+
+
+class TransportUnusable(SetupError):
+    """The way to the broker that was asked for does not lead there: the socket is not shared, or no relay can run."""
+
+    code = "transport_unusable"
 
 
 class ProviderError(SandboxError):

@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ClaimRequest, ExecuteRequest
 from host_client.broker_client import LATE_S, BrokerClient, News
-from host_client.errors import MalformedReply, SandboxError, SessionLost
+from host_client.errors import BrokerUnreachable, MalformedReply, SandboxError, SessionLost
+from host_client.mending import MOST_MENDS, Mender, is_broken
 from host_client.tool_runner import POLL_S, ToolCalls
 
 log = logging.getLogger(__name__)
@@ -29,10 +31,11 @@ class Execution:
         client: The broker.
         session_id: The session.
         calls: Where tool calls go.
+        mender: Mends the way to the broker, where that can break without it.
     """
 
-    def __init__(self, client: BrokerClient, session_id: str, calls: ToolCalls) -> None:
-        self._client, self._session_id, self._calls = client, session_id, calls
+    def __init__(self, client: BrokerClient, session_id: str, calls: ToolCalls, mender: Mender | None = None) -> None:
+        self._client, self._session_id, self._calls, self._mender = client, session_id, calls, mender
 
     def run(self, request: ExecuteRequest, blobs: Sequence[Blob | str]) -> News:
         """Post the request and return its result.
@@ -70,7 +73,7 @@ class Execution:
 
     def _guarded(self, execution_id: str, guard: _Guard, begin: Callable[[], News]) -> News:
         try:
-            return self._follow(execution_id, guard, begin())
+            return self._carried(execution_id, guard, begin)
         except SandboxError:
             raise
         except BaseException:
@@ -79,12 +82,31 @@ class Execution:
         finally:
             self._calls.end()
 
+    def _carried(self, execution_id: str, guard: _Guard, begin: Callable[[], News]) -> News:
+        """Follow the execution to its end, over as many ways to the broker as that takes."""
+        mends = 0
+        while True:
+            try:
+                return self._follow(execution_id, guard, begin())
+            except BrokerUnreachable as error:
+                mends += 1
+                if self._mender is None or not is_broken(error) or mends > MOST_MENDS:
+                    raise
+                log.debug("following %s: %s", execution_id, error)
+            if self._mender.mend(self._calls.held).execution_id == execution_id:
+                begin = partial(self._ask, guard)  # else it has never arrived
+
+    def _ask(self, guard: _Guard) -> News:
+        wait_s, late_s = guard.patience(busy=self._calls.busy)
+        wanted = self._calls.wanted(wait_s=wait_s)
+        return self._client.claim(self._session_id, wanted, late_s=late_s, on_claims=self._taking(guard))
+
     def _follow(self, execution_id: str, guard: _Guard, news: News) -> News:
         while news.progress.running:
             self._calls.take(news)
-            wait_s, late_s = guard.patience(busy=self._calls.busy)
-            wanted = self._calls.wanted(wait_s=wait_s)
-            news = self._client.claim(self._session_id, wanted, late_s=late_s, on_claims=self._taking(guard))
+            if self._mender is not None and self._mender.is_due:
+                self._mender.mend(self._calls.held)
+            news = self._ask(guard)
         if news.progress.result is None or news.progress.execution_id != execution_id:
             raise MalformedReply("the broker ended the execution without its result")
         return news

@@ -567,11 +567,14 @@ class SandboxInterpreter:
             recorder=session.recorder,
             is_idempotent=self._table.is_idempotent,
             masker=session.masker,
+            mender=session.mender,
         )
 
     def _follow(self, session: SandboxSession, calls: ToolCalls, run: Callable[[Execution], News]) -> ExecutionRecord:
         try:
-            record = session.masker.record(read_record(run(Execution(session.client, session.session_id, calls))))
+            record = session.masker.record(
+                read_record(run(Execution(session.client, session.session_id, calls, session.mender)))
+            )
         except SandboxError as error:
             if calls.fatal is not None:
                 raise calls.fatal from None

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from host_client.errors import SandboxError
 from host_client.owner import Owner
-from host_client.providers.container_spec import LABEL, LABEL_DIRECTORY, LABEL_HOST_UID, LABEL_KIND, LABEL_OWNER, OWNED
+from host_client.providers.container_spec import (
+    EXEC,
+    LABEL,
+    LABEL_DIRECTORY,
+    LABEL_HOST_UID,
+    LABEL_KIND,
+    LABEL_OWNER,
+    LABEL_TRANSPORT,
+    OWNED,
+)
+from host_client.providers.engine_api import Engine
+from host_client.providers.exec_tunnel import Line, exec_transport
 from host_client.runtime_dir import SOCKET_NAME, RuntimeDir
-from host_client.transport import UnixSocketTransport
+from host_client.transport import Transport, UnixSocketTransport
 
 #: A living broker answers in a millisecond; one that is frozen holds nothing worth waiting for.
 _ASK_TIMEOUT_S = 1.0
@@ -20,17 +31,7 @@ _ASK_TIMEOUT_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class ContainerLister(Protocol):
-    """The part of an engine that the reaper needs."""
-
-    def list(self, labels: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Return all containers that carry these labels."""
-
-    def remove(self, container_id: str, force: bool = True) -> None:
-        """Remove a container; one that is gone is fine."""
-
-
-def reap(engine: ContainerLister, runtime: RuntimeDir, *, is_in_use: Callable[[Path], bool] | None = None) -> list[str]:
+def reap(engine: Engine, runtime: RuntimeDir) -> list[str]:
     """Remove this user's owned containers, directories and uid reservations whose owner process is dead.
 
     Living siblings, other users and named sandboxes are spared; so is an orphan that somebody attached to, or that has
@@ -39,7 +40,6 @@ def reap(engine: ContainerLister, runtime: RuntimeDir, *, is_in_use: Callable[[P
     Args:
         engine: Lists and removes.
         runtime: This user's runtime directory.
-        is_in_use: Tells by its directory whether a running orphan is to be spared; by default its broker is asked.
 
     Returns:
         Ids of the containers that were removed.
@@ -52,11 +52,7 @@ def reap(engine: ContainerLister, runtime: RuntimeDir, *, is_in_use: Callable[[P
     abandoned = runtime.abandoned()
     removed, in_use = [], set()
     for container in engine.list({LABEL: "1", LABEL_HOST_UID: str(os.geteuid())}):
-        if (
-            is_orphan(container)
-            and not _spared(container, is_in_use or in_use_by_its_broker)
-            and _remove(engine, container["Id"])
-        ):
+        if is_orphan(container) and not _spared(container, engine) and _remove(engine, container["Id"]):
             removed.append(container["Id"])
             remove_directory(container)
         else:
@@ -92,7 +88,10 @@ def remove_sandbox_directory(path: Path) -> None:
 
 def in_use_by_its_broker(directory: Path) -> bool:
     """Ask a sandbox's broker whether a host is connected to it, or a session of it has a name."""
-    transport = UnixSocketTransport(directory / SOCKET_NAME)
+    return _in_use(UnixSocketTransport(directory / SOCKET_NAME))
+
+
+def _in_use(transport: Transport) -> bool:
     try:
         connections = transport.request("GET", "/v1/health", timeout_s=_ASK_TIMEOUT_S).header.get("connections")
         sessions = transport.request("GET", "/v1/sessions", timeout_s=_ASK_TIMEOUT_S).header.get("sessions")
@@ -105,12 +104,16 @@ def in_use_by_its_broker(directory: Path) -> bool:
     return others or named
 
 
-def _spared(container: Mapping[str, Any], is_in_use: Callable[[Path], bool]) -> bool:
+def _spared(container: Mapping[str, Any], engine: Engine) -> bool:
     directory = container["Labels"].get(LABEL_DIRECTORY, "")
-    return container.get("State") == "running" and bool(directory) and is_in_use(Path(directory))
+    if container.get("State") != "running" or not directory:
+        return False
+    if container["Labels"].get(LABEL_TRANSPORT) == EXEC:
+        return _in_use(exec_transport(Line(container["Id"], lambda: engine).use()))
+    return in_use_by_its_broker(Path(directory))
 
 
-def _remove(engine: ContainerLister, container_id: str) -> bool:
+def _remove(engine: Engine, container_id: str) -> bool:
     try:
         engine.remove(container_id)
     except SandboxError as error:

@@ -6,14 +6,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 from broker.protocol.messages import Attached
 from host_client import endings
-from host_client.attaching import Found, find_session, take_over
+from host_client.attaching import Found, find_session, settle, take_over
 from host_client.broker_client import BrokerClient
 from host_client.call_recorder import CallRecorder
 from host_client.connected_sandbox import ConnectedSandbox, connect, is_slow
@@ -28,6 +28,7 @@ from host_client.errors import (
 from host_client.journal import MEMORY, Holder, Journal, SqliteJournal, default_path
 from host_client.masking import Masker
 from host_client.memory_journal import MemoryJournal
+from host_client.mending import Mender
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
 from host_client.tool_threads import ToolThreads
@@ -71,6 +72,7 @@ class SandboxSession:
         unfinished: The execution that another client posted last, until its reply was fetched; or None.
         loan: The place in a pool that it was taken from, or None.
         keep: Whether closing leaves it as it is in its sandbox, for whoever attaches.
+        mender: Mends the way to the broker, where that can break without it; or None.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class SandboxSession:
         self.threads, self.keeper = ToolThreads(), ValueKeeper(holder.epoch)
         self.masker = masker
         self.recorder = CallRecorder(journal, holder, masker)
+        self._journal = journal
+        self.mender = Mender.of(client, self._take_over_from_ourselves)
         self.unfinished = None if attached is None else attached.execution_id
         self._epoch = holder.epoch
         self.known_fields: Any = None
@@ -266,6 +270,20 @@ class SandboxSession:
         reason = self._reason(error)
         self.close()
         return SessionLost(f"the sandbox's session was lost ({reason}); its variables are gone: {error}", reason=reason)
+
+    def _take_over_from_ourselves(self, held: Collection[str]) -> Attached:
+        """Go on in a new epoch, after answers of the broker were lost; see ``mending``."""
+        attached = self.client.attach(self.session_id, self._epoch)
+        handle = self.handle
+        holder = Holder(
+            sandbox_id=handle.sandbox_id, session_id=self.session_id, epoch=attached.epoch, sandbox=handle.name
+        )
+        complete = self._journal.hold(holder)
+        self.recorder.goes_on_as(holder)
+        self._epoch = attached.epoch
+        unread = [call for call in attached.started if call.call_id not in held]
+        settle(unread, handle.sandbox_id, self.client, self._journal, complete=complete)
+        return attached
 
     def leave(self) -> None:
         """Let go of the session without ending it: it is another client's now."""

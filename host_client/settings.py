@@ -56,6 +56,8 @@ class SandboxSettings:
             values are read from the environment or ``.env`` when a session is opened. Held as ``Secrets``.
         provider: ``docker``, ``bubblewrap`` (no engine needed), or ``auto``: docker where an engine answers, else
             bubblewrap where that is installed.
+        transport: How the broker in a container is reached: ``socket``, in a directory shared with it; ``exec``,
+            through a relay that the engine runs in the container; or ``auto``: socket where that can be shared.
         max_sessions: Most sessions in one sandbox.
         session_ttl_s: Seconds without work after which the broker ends a session in a named sandbox, also where no
             program is there any more; or None.
@@ -85,6 +87,7 @@ class SandboxSettings:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, str] | Collection[str] = Secrets()
     provider: str = "auto"
+    transport: str = "auto"
     max_sessions: int = 64
     session_ttl_s: float | None = None
     max_output_bytes: int = 1 << 20
@@ -126,6 +129,12 @@ class SandboxSettings:
         _require("insecure", isinstance(self.insecure, bool), self.insecure, "True or False")
         known = self.provider in ("auto", "docker", "bubblewrap")
         _require("provider", known, self.provider, "'auto', 'docker' or 'bubblewrap'")
+        known = self.transport in ("auto", "socket", "exec")
+        _require("transport", known, self.transport, "'auto', 'socket' or 'exec'")
+        possible = not (self.transport == "exec" and self.provider == "bubblewrap")
+        _require(
+            "transport", possible, self.transport, "'auto' or 'socket' with provider='bubblewrap': no engine is there"
+        )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SandboxSettings:

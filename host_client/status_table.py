@@ -6,16 +6,16 @@ import contextlib
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from host_client.errors import SandboxError
 from host_client.owner import Owner
 from host_client.providers.container_spec import LABEL_CREATED, LABEL_KIND, LABEL_NAME, LABEL_OWNER, NAMED
 from host_client.providers.engine_api import Engine
+from host_client.providers.exec_tunnel import transport_by
 from host_client.providers.exits import death_reason
 from host_client.providers.launch import handle_of
-from host_client.transport import UnixSocketTransport
+from host_client.transport import Transport
 
 #: A broker answers in a millisecond; a table must not wait for one that is stuck.
 _ASK_TIMEOUT_S = 2.0
@@ -60,7 +60,7 @@ def describe(engine: Engine, container: Mapping[str, Any], *, now: datetime.date
     elif details["State"].get("Paused"):
         state = "paused"
     elif reason is None:
-        count = count_sessions(handle_of(container).socket_path)
+        count = count_sessions(transport_by(engine, handle_of(container)))
         state, sessions = ("running", str(count)) if count is not None else ("no answer", "?")
     return Row(
         name=labels[LABEL_NAME],
@@ -73,9 +73,8 @@ def describe(engine: Engine, container: Mapping[str, Any], *, now: datetime.date
     )
 
 
-def count_sessions(socket_path: Path) -> int | None:
-    """Return how many sessions are open in a sandbox, or None where its broker does not answer."""
-    transport = UnixSocketTransport(socket_path)
+def count_sessions(transport: Transport) -> int | None:
+    """Return how many sessions a sandbox has, or None where its broker does not answer; closes the transport."""
     try:
         reply = transport.request("GET", "/v1/health", timeout_s=_ASK_TIMEOUT_S)
     except SandboxError:

@@ -9,6 +9,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from host_client.errors import (
     SandboxError,
 )
 from host_client.masking import NOTHING_TO_MASK, Masker
+from host_client.mending import MOST_TRIES, Mender, is_broken
 from host_client.tool_marks import CurrentCall, serving
 from host_client.tool_threads import ToolThreads
 
@@ -60,6 +62,7 @@ class ToolCalls:
         recorder: Notes what starts and how it ends.
         is_idempotent: Tells of a tool by name whether it may run twice for one call.
         masker: Takes secrets out of what is logged; tools get what the code has passed.
+        mender: Mends the way to the broker, where that can break without it.
     """
 
     def __init__(
@@ -74,8 +77,11 @@ class ToolCalls:
         recorder: CallRecorder,
         is_idempotent: Callable[[str], bool] = lambda name: False,
         masker: Masker = NOTHING_TO_MASK,
+        mender: Mender | None = None,
     ) -> None:
         self._masker = masker
+        self._passing: Callable[[], AbstractContextManager[None]] = nullcontext if mender is None else mender.passing
+        self._tries = 1 if mender is None else MOST_TRIES
         self._recorder, self._is_idempotent = recorder, is_idempotent
         self._client, self._session_id, self._execution_id = client, session_id, execution_id
         self._invoke, self._threads, self._slots = invoke, threads, slots
@@ -98,6 +104,11 @@ class ToolCalls:
     def busy(self) -> bool:
         """Whether any tool runs."""
         return bool(self._held)
+
+    def held(self) -> list[str]:
+        """Return the ids of the calls that are ours to answer."""
+        with self._lock:
+            return list(self._held)
 
     def wanted(self, *, wait_s: float) -> ClaimRequest:
         """Return the next claim request of the thread that waits for the execution."""
@@ -150,7 +161,8 @@ class ToolCalls:
             The next call to serve, where the broker had one.
         """
         try:
-            record = self._recorder.begin(claim, idempotent=self._is_idempotent(claim.tool))
+            with self._passing():
+                record = self._recorder.begin(claim, idempotent=self._is_idempotent(claim.tool))
         except (JournalUnusable, JournalNewer) as error:
             self._not_run(claim, error)
             return None
@@ -229,7 +241,7 @@ class ToolCalls:
         if self._ended:
             return None
         try:
-            news = self._client.answer(claim.call_id, result, blobs, claim=self._streamed and self._fatal is None)
+            news = self._answered(claim, result, blobs)
             if record is not None:
                 record.delivered()
             return news
@@ -244,6 +256,21 @@ class ToolCalls:
             log.warning("the answer of tool %s (call %s) was refused: %s", claim.tool, claim.call_id, refused)
             error = ErrorInfo(type="RuntimeError", message=f"the result of {claim.tool}() was refused: {refused}")
             self._refuse(claim, error, record)
+        return None
+
+    def _answered(self, claim: Claim, result: ToolResult, blobs: Sequence[Blob]) -> News | None:
+        for left in reversed(range(self._tries)):
+            try:
+                with self._passing():
+                    news = self._client.answer(
+                        claim.call_id, result, blobs, claim=self._streamed and self._fatal is None
+                    )
+                    if news is not None and self._tries > 1:
+                        self._hold(news)  # before anybody mends the way
+                    return news
+            except BrokerUnreachable as gone:
+                if not left or not is_broken(gone) or self._ended:
+                    raise
         return None
 
     def _refuse(self, claim: Claim, error: ErrorInfo, record: RunningRecord | None) -> None:

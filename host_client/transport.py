@@ -1,4 +1,4 @@
-"""How requests reach a broker: HTTP over its Unix socket, on a few connections that are kept open."""
+"""How requests reach a broker: HTTP over its Unix socket, or a way to it, on a few connections that are kept open."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -103,25 +104,51 @@ class Transport(Protocol):
         """Close what is open. Idempotent."""
 
 
-class UnixSocketTransport:
-    """A ``Transport`` to ``host.sock`` in a directory of this machine.
+class SocketTransport:
+    """A ``Transport`` over connected sockets.
 
     Args:
-        socket_path: The socket.
+        dial: Returns a new one, within so many seconds; raises ``OSError`` or ``BrokerUnreachable``.
+        files: Whether descriptors arrive at the other end.
+        connect_timeout_s: How long ``dial`` may take at most.
+        on_close: Called once, by ``close``.
+        can_resume: Whether the way may break and be mended while the broker goes on, so that a broken connection does
+            not mean that it has ended.
+
+    Attributes:
+        breaks: How many connections have broken so far.
     """
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(
+        self,
+        dial: Callable[[float], socket.socket],
+        *,
+        files: bool = BLOB_FILES,
+        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+        on_close: Callable[[], None] = lambda: None,
+        can_resume: bool = False,
+    ) -> None:
         fast_json.use()
-        self._path = socket_path
+        self._dial, self._on_close, self.can_resume = dial, on_close, can_resume
+        self._connect_timeout_s = connect_timeout_s
+        self.breaks = 0
         # Guards _idle, _pid and _closed: a connection is in _idle or in the hands of one thread, never both.
         # Reentrant, because the garbage collector may close the session in any thread, also in one that is in here.
         self._lock = threading.RLock()
         # By what they speak: "" for HTTP, or what they were upgraded to.
         self._idle: dict[str, list[Exchange]] = {spoken: [] for spoken in _SPOKEN}
-        self._refused: set[str] = set() if BLOB_FILES else {frames.FILES_UPGRADE}
+        self._refused: set[str] = set() if files else {frames.FILES_UPGRADE}
         self._pid = os.getpid()
         self._closed = False
         self._together = Together(self._exchange_all)
+
+    def dial(self, timeout_s: float) -> socket.socket:
+        """Return a connection of the caller's own.
+
+        Raises:
+            OSError, BrokerUnreachable: None can be had.
+        """
+        return self._dial(timeout_s)
 
     def request(
         self,
@@ -168,6 +195,7 @@ class UnixSocketTransport:
         except TimeoutError:
             raise BrokerTimeout(f"the broker did not answer {method} {path} within {timeout_s:.1f} s") from None
         except OSError as error:
+            self.breaks += 1
             raise BrokerUnreachable(f"no answer from the broker: {error.strerror or error}") from None
         except (BadReply, frames.FrameError, BadRequest) as error:
             raise MalformedReply(f"the broker's answer to {method} {path} is malformed: {error}") from None
@@ -196,8 +224,11 @@ class UnixSocketTransport:
     def close(self) -> None:
         """Close the idle connections, and every other one as soon as it is given back."""
         with self._lock:
-            idle, self._idle, self._closed = self._idle, {spoken: [] for spoken in _SPOKEN}, True
+            idle, self._idle = self._idle, {spoken: [] for spoken in _SPOKEN}
+            first, self._closed = not self._closed, True
         _close_all(idle)
+        if first:
+            self._on_close()
 
     def _spoken(self, framed: bool, blobs: Sequence[Blob | str]) -> str:
         """Choose how a request travels."""
@@ -217,14 +248,15 @@ class UnixSocketTransport:
             try:
                 return self._exchange(connection, talk, timeout_s, spoken)
             except (ConnectionEnded, BrokenPipeError, ConnectionResetError) as error:
+                self.breaks += 1
                 if isinstance(error, ConnectionEnded) and not error.clean:
                     raise
-        connection = self._open(spoken, min(timeout_s, _CONNECT_TIMEOUT_S))
+        connection = self._open(spoken, min(timeout_s, self._connect_timeout_s))
         return None if connection is None else self._exchange(connection, talk, timeout_s, spoken)
 
     def _open(self, spoken: str, timeout_s: float) -> Exchange | None:
         """Return a new connection, or None where the broker does not speak what is asked for."""
-        connection = Exchange(unix_socket.connect(self._path, timeout_s=timeout_s))
+        connection = Exchange(self._dial(timeout_s))
         try:
             connection.begin(timeout_s)
             if not spoken or connection.upgrade("/v1/frames", spoken):
@@ -258,6 +290,17 @@ class UnixSocketTransport:
                 self._idle[spoken].append(connection)
                 return
         connection.close()
+
+
+class UnixSocketTransport(SocketTransport):
+    """A ``Transport`` to ``host.sock`` in a directory of this machine.
+
+    Args:
+        socket_path: The socket.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        super().__init__(lambda timeout_s: unix_socket.connect(socket_path, timeout_s=timeout_s))
 
 
 def _file_of(blobs: Sequence[Blob | str]) -> BlobFile | None:

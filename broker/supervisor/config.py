@@ -4,7 +4,8 @@ Written by the host's provider. What the container must bring along:
 
 - ``--cap-drop ALL`` and ``--cap-add`` for SETUID, SETGID, KILL and SETPCAP; user 0, ``no-new-privileges``, read-only
   root.
-- ``/run/rlm-sandbox/host``: a bind mount of a directory that is owned by ``broker_uid``, mode 0700.
+- ``/run/rlm-sandbox/host``: a bind mount of a directory that is owned by ``broker_uid``, mode 0700; or, where that
+  cannot be shared, a tmpfs like the next one with mode 0700, to which ``broker.relay`` leads.
 - ``/run/rlm-sandbox/guest``: a tmpfs with the options
   ``rw,nosuid,nodev,noexec,size=64k,mode=0711,uid=<broker_uid>,gid=<broker_gid>``.
   The supervisor holds neither CAP_CHOWN nor CAP_DAC_OVERRIDE, so the mount itself must give it to the broker. In this

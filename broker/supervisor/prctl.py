@@ -60,8 +60,13 @@ def become_user(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
+    clear_capabilities()  # some engines make them inheritable
+
+
+def clear_capabilities() -> None:
+    """Give up every capability but those that the kernel lets nobody without CAP_SETPCAP take from the bounding set."""
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    _set_capabilities(0)  # some engines make them inheritable
+    _set_capabilities(0)
 
 
 @contextlib.contextmanager

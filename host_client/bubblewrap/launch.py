@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.directory_watch import DirectoryWatch
 from host_client import runtime_dir
 from host_client.bubblewrap import cgroups
 from host_client.bubblewrap.plan import Plan
@@ -26,10 +27,11 @@ from host_client.providers.container_spec import ContainerSpec
 from host_client.providers.exits import log_tail
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import NameTaken, probe, self_test
-from host_client.providers.readiness import Died, DirectoryWatch, TimedOut, wait_until_ready
+from host_client.providers.readiness import Died, TimedOut, wait_until_ready
 from host_client.providers.self_test import require
 from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
+from host_client.transport import UnixSocketTransport
 
 _KEEPER = Path(__file__).with_name("keeper.py")
 _MAX_ANNOUNCEMENT_BYTES = 4096
@@ -117,7 +119,8 @@ def launch(
             keeper = _start_keeper(plan, settings)
             record = _announced(keeper, record, records, settings.start_timeout_s)
             _wait_until_healthy(record, records, watch, settings.start_timeout_s)
-            require(self_test(directory.socket_path, settings, isolation), enforced=isolation.enforced)
+            with contextlib.closing(UnixSocketTransport(directory.socket_path)) as transport:
+                require(self_test(transport, settings, isolation), enforced=isolation.enforced)
         handle = records.handle(record)
         if handle.owned:
             own(handle)
@@ -173,9 +176,10 @@ def _announced(keeper: subprocess.Popen[bytes], record: Record, records: Records
 def _wait_until_healthy(record: Record, records: Records, watch: DirectoryWatch, timeout_s: float) -> None:
     sandbox_id = record.sandbox_id
     first = Owner.parse(record.processes[0])
+    transport = UnixSocketTransport(records.socket_path(record))
     try:
         health = wait_until_ready(
-            lambda left_s: probe(records.socket_path(record), left_s),
+            lambda left_s: probe(transport, left_s),
             watch=watch,
             pid=None if first is None else first.pid,
             is_running=lambda: record.runs,

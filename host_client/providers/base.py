@@ -18,12 +18,14 @@ class SandboxHandle:
         name: Its name, such as ``default`` for the one that ``make sandbox-up`` starts.
         socket_path: The broker's ``host.sock``.
         owned: Whether it ends with the process that started it.
+        transport: ``socket``, or ``exec`` where ``socket_path`` is only what names its directory.
     """
 
     sandbox_id: str
     name: str
     socket_path: Path
     owned: bool
+    transport: str = "socket"
 
 
 class SandboxProvider(Protocol):

@@ -22,11 +22,13 @@ LABEL_DIRECTORY = "rlm-sandbox.directory"
 LABEL_VERSION = "rlm-sandbox.version"
 LABEL_PROTOCOL = "rlm-sandbox.protocol"
 LABEL_CREATED = "rlm-sandbox.created"
+LABEL_TRANSPORT = "rlm-sandbox.transport"
 
+SOCKET, EXEC = "socket", "exec"
 OWNED = "owned"
 NAMED = "named"
 
-#: The only mount from the host: the directory with ``host.sock``.
+#: The directory with ``host.sock``: the only mount from the host, or memory where that cannot be shared.
 HOST_SOCKET_DIR = "/run/rlm-sandbox/host"
 GUEST_SOCKET_DIR = "/run/rlm-sandbox/guest"
 BROKER_SITE = "/opt/rlm-sandbox/broker-site"
@@ -62,6 +64,7 @@ class ContainerSpec:
         broker_uid: Uid of its broker.
         created: When, as ISO 8601 text.
         isolation: What stands between generated code and the machine.
+        transport: ``SOCKET`` or ``EXEC``.
     """
 
     settings: SandboxSettings
@@ -74,6 +77,7 @@ class ContainerSpec:
     broker_uid: int
     created: str
     isolation: Isolation
+    transport: str = SOCKET
 
     @property
     def container_name(self) -> str:
@@ -103,14 +107,15 @@ class ContainerSpec:
             "nofile": GUEST_OPEN_FILES,
             "broker_site": BROKER_SITE,
             "guest_site": GUEST_SITE,
-            "allowed_host_uids": [os.geteuid()],
+            "allowed_host_uids": [os.geteuid() if self.transport == SOCKET else self.broker_uid],
             "landlock": self.isolation.landlock,
             "preload": self.settings.preload,
         }
 
     def tmpfs(self) -> dict[str, str]:
         """Return the options of its file systems in memory, by where they are mounted."""
-        return {"/tmp": self._tmp_options(), GUEST_SOCKET_DIR: self._guest_socket_options()}  # noqa: S108
+        own = {} if self.transport == SOCKET else {HOST_SOCKET_DIR: self._socket_options("0700")}
+        return {"/tmp": self._tmp_options(), GUEST_SOCKET_DIR: self._socket_options("0711"), **own}  # noqa: S108
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -128,6 +133,7 @@ class ContainerSpec:
                 LABEL_VERSION: broker.__version__,
                 LABEL_PROTOCOL: str(PROTOCOL_VERSION),
                 LABEL_CREATED: self.created,
+                LABEL_TRANSPORT: self.transport,
             },
         }
 
@@ -146,8 +152,7 @@ class ContainerSpec:
                 {"Name": "core", "Soft": 0, "Hard": 0},
             ],
             "restart_policy": {"Name": "no"},
-            # Mounts, not Binds: the engine must refuse a directory that it does not see instead of making one.
-            "mounts": [{"Type": "bind", "Source": str(self.directory), "Target": HOST_SOCKET_DIR, "ReadOnly": False}],
+            "mounts": self._mounts(),
             "log_config": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}},
         }
 
@@ -156,7 +161,13 @@ class ContainerSpec:
         # exec stays allowed: generated code may unpack wheels with native code there.
         return f"rw,exec,nosuid,nodev,size={size},nr_inodes={max(1024, size // _BYTES_PER_INODE)},mode=1777"
 
-    def _guest_socket_options(self) -> str:
-        # The broker makes the socket; sessions may reach it, but not list or change the directory.
+    def _mounts(self) -> list[dict[str, Any]]:
+        if self.transport == EXEC:
+            return []
+        # Mounts, not Binds: the engine must refuse a directory that it does not see instead of making one.
+        return [{"Type": "bind", "Source": str(self.directory), "Target": HOST_SOCKET_DIR, "ReadOnly": False}]
+
+    def _socket_options(self, mode: str) -> str:
+        # The broker makes the sockets; sessions may reach the guest's (0711), but not list or change its directory.
         owner = f"uid={self.broker_uid},gid={self.broker_uid}"
-        return f"rw,noexec,nosuid,nodev,size=64k,nr_inodes=16,mode=0711,{owner}"
+        return f"rw,noexec,nosuid,nodev,size=64k,nr_inodes=16,mode={mode},{owner}"

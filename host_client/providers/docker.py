@@ -15,16 +15,19 @@ from host_client.engine import connect_engine
 from host_client.errors import ForeignSession, ProviderError, SandboxError, UnknownSandbox
 from host_client.image import image_tag
 from host_client.providers.base import SandboxHandle
-from host_client.providers.container_spec import LABEL, LABEL_HOST_UID, LABEL_NAME
+from host_client.providers.container_spec import EXEC, LABEL, LABEL_HOST_UID, LABEL_NAME
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.engine_api import Engine
+from host_client.providers.exec_tunnel import Lines, exec_transport
 from host_client.providers.exits import death_reason
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name, find_named, handle_of, launch
 from host_client.providers.self_test import engine_limits, require
+from host_client.providers.transport_choice import TransportChoice, choose_transport
 from host_client.reaper import reap, remove_sandbox_directory
 from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
+from host_client.transport import SocketTransport, Transport, UnixSocketTransport
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,12 @@ log = logging.getLogger(__name__)
 class _Process:
     """What one process holds. A forked child begins with an empty one: its parent's sandboxes are not its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Callable[[], Engine]) -> None:
+        self.lines = Lines(connect)
+        # By sandbox: what was opened at its start, for whoever connects to it first.
+        self.opened: dict[str, SocketTransport] = {}
+        # By setting, what it came to with this engine.
+        self.transports: dict[str, TransportChoice] = {}
         # Guards engine and users together: the engine's connections are open only while somebody uses it. Also guards
         # the flags.
         self.lock = threading.Lock()
@@ -86,7 +94,8 @@ class DockerProvider:
         """
         if sys.platform != "linux":
             raise ProviderError(
-                "a Unix socket can be shared with a container only on Linux", help="on Windows, run this inside WSL 2"
+                "the host's side of sandboxes needs Linux; the engine may be anywhere",
+                help="on Windows, run this inside WSL 2",
             )
         if name is not None:
             check_name(name)
@@ -94,9 +103,47 @@ class DockerProvider:
         with self._engine() as engine:
             runtime = self._open_runtime()
             self._reap_once(engine, runtime)
-            self._look_at_engine_once(engine, isolation)
+            transport = self._look_at_engine_once(engine, settings, isolation)
             image = self._image_of(settings)
-            return launch(engine, runtime, settings, image=image, name=name, isolation=isolation, own=self._own)
+
+            def launched(transport: TransportChoice) -> tuple[SandboxHandle, SocketTransport]:
+                return launch(
+                    engine,
+                    runtime,
+                    settings,
+                    image=image,
+                    name=name,
+                    isolation=isolation,
+                    own=self._own,
+                    transport=transport,
+                    lines=self._process.lines,
+                )
+
+            try:
+                handle, opened = launched(transport)
+            except SandboxError as error:
+                handle, opened = launched(self._decide(settings, transport.after(error)))
+        if handle.transport == EXEC:
+            self._process.opened[handle.sandbox_id] = opened
+        else:
+            opened.close()
+        return handle
+
+    def transport(self, handle: SandboxHandle) -> Transport:
+        """Return what carries requests to a sandbox's broker; see ``connected_sandbox.transport_to``."""
+        if handle.transport != EXEC:
+            return UnixSocketTransport(handle.socket_path)
+        opened = self._process.opened.pop(handle.sandbox_id, None)
+        return opened or exec_transport(self._process.lines.to(handle.sandbox_id))
+
+    def choose_transport(self, settings: SandboxSettings) -> TransportChoice:
+        """Return how brokers are reached with these settings and this engine.
+
+        Raises:
+            SandboxError: The engine does not answer.
+        """
+        with self._engine() as engine:
+            return self._transport_of(engine, settings)
 
     def find(self, name: str) -> SandboxHandle:
         """Return the running sandbox of that name; see ``SandboxProvider.find``."""
@@ -129,6 +176,7 @@ class DockerProvider:
     def disown(self, handle: SandboxHandle) -> None:
         """Leave a sandbox alone at this process's exit; see ``SandboxProvider.disown``."""
         self._process.owned.pop(handle.sandbox_id, None)
+        self._close_opened(handle)
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """Return why a sandbox no longer runs, or None while it runs; see ``SandboxProvider.why_dead``."""
@@ -157,6 +205,8 @@ class DockerProvider:
         try:
             with process.stopping.setdefault(handle.sandbox_id, threading.Lock()), self._engine() as engine:
                 engine.remove(handle.sandbox_id)
+                process.lines.close(handle.sandbox_id)
+                self._close_opened(handle)
                 # Only when the container is gone: its uids and its directory must not be given to another.
                 remove_sandbox_directory(handle.socket_path.parent)
                 process.owned.pop(handle.sandbox_id, None)
@@ -173,7 +223,7 @@ class DockerProvider:
 
     @property
     def _process(self) -> _Process:
-        return self._processes.setdefault(os.getpid(), _Process())
+        return self._processes.get(os.getpid()) or self._processes.setdefault(os.getpid(), _Process(self._connect))
 
     def _is_inherited(self, handle: SandboxHandle) -> bool:
         mine = os.getpid()
@@ -194,12 +244,28 @@ class DockerProvider:
         if first:
             reap(engine, runtime)
 
-    def _look_at_engine_once(self, engine: Engine, isolation: Isolation) -> None:
+    def _close_opened(self, handle: SandboxHandle) -> None:
+        opened = self._process.opened.pop(handle.sandbox_id, None)
+        if opened is not None:
+            opened.close()
+
+    def _look_at_engine_once(self, engine: Engine, settings: SandboxSettings, isolation: Isolation) -> TransportChoice:
         """Refuse an engine that would drop a limit without a word; one that may be used is not asked again."""
         process = self._process
         if not process.engine_is_fit and isolation.enforced:
             require(engine_limits(engine.info()), enforced=True)
             process.engine_is_fit = True
+        return self._transport_of(engine, settings)
+
+    def _transport_of(self, engine: Engine, settings: SandboxSettings) -> TransportChoice:
+        known = self._process.transports.get(settings.transport)
+        return known or self._decide(settings, choose_transport(settings, engine.url, engine.info()))
+
+    def _decide(self, settings: SandboxSettings, choice: TransportChoice) -> TransportChoice:
+        """Keep a decision, and say it where it is not the ordinary one."""
+        self._process.transports[settings.transport] = choice
+        log.log(logging.INFO if choice.name == EXEC else logging.DEBUG, "transport %s: %s", choice.name, choice.why)
+        return choice
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[Engine]:

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
 import docker
@@ -27,6 +27,7 @@ from host_client.errors import (
     ProviderError,
     SandboxError,
 )
+from host_client.providers.exec_stream import ExecStream
 
 # An engine that answers does so in milliseconds; set-up must name a dead one within 10 s.
 CONNECT_TIMEOUT_S = 5.0
@@ -91,7 +92,7 @@ class DockerEngine:
     def __init__(self, quick: docker.APIClient, patient: docker.APIClient | None = None, *, url: str = "") -> None:
         self._quick = quick
         self._patient = patient if patient is not None else quick
-        self.url = url
+        self._url = url
 
     @classmethod
     def connect(cls, timeout_s: float = CONNECT_TIMEOUT_S) -> DockerEngine:
@@ -110,6 +111,11 @@ class DockerEngine:
             quick = docker.APIClient(version=version, timeout=CALL_TIMEOUT_S, **options)
             patient = docker.APIClient(version=version, timeout=BUILD_TIMEOUT_S, **options)
         return cls(quick, patient, url=url)
+
+    @property
+    def url(self) -> str:
+        """Where it was found."""
+        return self._url
 
     def close(self) -> None:
         """Close the connections; the engine and its containers go on."""
@@ -296,11 +302,49 @@ class DockerEngine:
             raw = self._quick.logs(container_id, stdout=True, stderr=True, tail=tail)
         return bytes(raw).decode("utf-8", "replace")
 
+    def open_exec(self, container_id: str, command: Sequence[str], *, user: str) -> ExecStream:
+        """Start a program in a running container, and return what leads to its input and output.
+
+        Args:
+            container_id: Where.
+            command: The program.
+            user: Its uid and gid, such as ``1000:1000``.
+
+        Raises:
+            ContainerNotFound: It is gone.
+            ProviderError: It does not run, or the engine refused.
+        """
+        client = cast("Any", self._quick)
+        with _errors(f"starting {command[0]} in container {container_id[:12]}"):
+            made = client.exec_create(container_id, list(command), stdin=True, user=user)
+            # The SDK's own exec_start loses what the engine sends together with the head of its reply.
+            url = client._url("/exec/{0}/start", made["Id"])
+            headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+            reply = client._post_json(url, headers=headers, data={"Tty": False, "Detach": False}, stream=True)
+            client._raise_for_status(reply)
+            return _hijacked(reply)
+
     def follow_logs(self, container_id: str, tail: int = 200) -> Iterator[bytes]:
         """Yield what a container writes until it ends."""
         with _errors(f"following the logs of container {container_id[:12]}"):
             stream = self._patient.logs(container_id, stdout=True, stderr=True, tail=tail, stream=True, follow=True)
             yield from cast("Iterator[bytes]", stream)
+
+
+def _hijacked(reply: Any) -> ExecStream:
+    """Return the connection that a reply came on, whose bytes are the program's from here on."""
+    buffered = getattr(reply.raw._fp, "fp", None)
+    connection = getattr(getattr(buffered, "raw", None), "_sock", None)
+    if buffered is None or connection is None:  # SSH and named pipes of Windows
+        raise ProviderError(
+            "this engine's connection cannot carry a program's input and output",
+            help="give it a socket: ssh -NL /path/of/yours.sock:/var/run/docker.sock user@host   "
+            "and DOCKER_HOST=unix:///path/of/yours.sock",
+        )
+    connection.setblocking(False)
+    # Without waiting: it returns what the reader of the reply's head has taken beyond that.
+    early = buffered.read1(1 << 16) or b""
+    return ExecStream(connection, early, reply.close)
 
 
 def _tls() -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+from host_client.providers.exec_stream import ExecStream
 
 
 class Engine(Protocol):
     """A container engine. Its methods raise ``SandboxError``; containers are named by id or name."""
+
+    @property
+    def url(self) -> str:
+        """Where it was found."""
 
     def create_container(self, **keywords: Any) -> str:
         """Create a container and return its id."""
@@ -29,6 +35,9 @@ class Engine(Protocol):
 
     def follow_logs(self, container_id: str, tail: int = 200) -> Iterator[bytes]:
         """Yield what it writes until it ends."""
+
+    def open_exec(self, container_id: str, command: Sequence[str], *, user: str) -> ExecStream:
+        """Start a program in it, and return what leads to its input and output."""
 
     def info(self) -> dict[str, Any]:
         """Return its description of itself: runtimes, which limits it can enforce, and so on."""

@@ -11,14 +11,16 @@ import json
 import secrets
 import socketserver
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from broker.protocol import PROTOCOL_VERSION
 from broker.protocol.self_test import Check, Limits, SelfTest
 from host_client.errors import ImageMissing, ProviderError
+from host_client.providers.container_spec import LABEL_DIRECTORY
 from host_client.providers.docker_engine import ContainerNotFound
+from host_client.providers.exec_stream import ExecStream
 
 
 class FakeContainer:
@@ -41,7 +43,7 @@ class FakeContainer:
     @property
     def socket_path(self) -> Path:
         """Where the host expects its socket."""
-        return Path(self.keywords["mounts"][0]["Source"]) / "host.sock"
+        return Path(self.keywords["labels"][LABEL_DIRECTORY]) / "host.sock"
 
     def self_test(self, *failed: str) -> SelfTest:
         """Return what a sandbox of this make finds out about itself.
@@ -108,6 +110,16 @@ class FakeEngine:
         self._maybe_fail("connect")
         self.times_connected += 1
         return self
+
+    @property
+    def url(self) -> str:
+        """Where it is said to be."""
+        return "unix:///fake/engine.sock"
+
+    def open_exec(self, container_id: str, command: Sequence[str], *, user: str) -> ExecStream:
+        """Refuse: there are no programs in these containers."""
+        self._maybe_fail("open_exec")
+        raise ProviderError(f"OCI runtime exec failed: {command[0]} in {container_id[:12]} as {user}")
 
     def close(self) -> None:
         """Close the connections; they open again with the next call."""

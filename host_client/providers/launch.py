@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.protocol import PROTOCOL_VERSION
+from broker.protocol.directory_watch import DirectoryWatch
 from broker.protocol.self_test import Check
 from host_client import runtime_dir
 from host_client.errors import (
@@ -22,6 +23,7 @@ from host_client.errors import (
     ProviderError,
     SandboxError,
     SetupError,
+    TransportUnusable,
 )
 from host_client.owner import Owner
 from host_client.providers.base import SandboxHandle
@@ -31,22 +33,28 @@ from host_client.providers.container_spec import (
     LABEL_HOST_UID,
     LABEL_KIND,
     LABEL_NAME,
+    LABEL_TRANSPORT,
     NAMED,
+    SOCKET,
     ContainerSpec,
 )
 from host_client.providers.docker_engine import ContainerNotFound
 from host_client.providers.engine_api import Engine
+from host_client.providers.exec_tunnel import Lines, RelayEnded, exec_transport
 from host_client.providers.exits import death_reason, explained, log_tail
 from host_client.providers.isolation import Isolation
-from host_client.providers.readiness import Died, DirectoryWatch, NotReady, TimedOut, wait_until_ready
+from host_client.providers.readiness import Died, NotReady, TimedOut, wait_until_ready
 from host_client.providers.self_test import judged, require
+from host_client.providers.transport_choice import TransportChoice, not_shared
 from host_client.reaper import remove_directory
 from host_client.runtime_dir import RuntimeDir, SandboxDirectory
 from host_client.settings import SandboxSettings
-from host_client.transport import BrokerTimeout, UnixSocketTransport
+from host_client.transport import BrokerTimeout, SocketTransport, Transport, UnixSocketTransport
 
 log = logging.getLogger(__name__)
 
+#: What a broker logs once it can be reached.
+SERVING = '"serving"'
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 
 
@@ -65,8 +73,10 @@ def launch(
     name: str | None,
     isolation: Isolation,
     own: Callable[[SandboxHandle], None],
-) -> SandboxHandle:
-    """Start a sandbox and return once its broker answers.
+    transport: TransportChoice,
+    lines: Lines,
+) -> tuple[SandboxHandle, SocketTransport]:
+    """Start a sandbox; return it, and what its broker answered on, which is open.
 
     Args:
         engine: Runs it.
@@ -76,9 +86,12 @@ def launch(
         name: None for an owned sandbox.
         isolation: What stands between generated code and the machine.
         own: Told of an owned sandbox, so that none is ever without somebody to stop it.
+        transport: How the broker is reached.
+        lines: This process's, through relays.
 
     Raises:
         SetupError: The image is missing, the disk full, a setting impossible, the name taken.
+        TransportUnusable: The broker cannot be reached in this way; nothing is left behind.
         PreloadFailed: A module that was to be preloaded cannot be imported; nothing is left behind.
         SandboxTooWeak: It started, but does not hold what was asked for; nothing is left behind.
         ProviderError: The engine or the sandbox failed; nothing is left behind.
@@ -86,20 +99,29 @@ def launch(
     """
     owner = Owner.current()
     directory = runtime.create(owner)
-    spec = _spec(settings, image, name, owner, directory, isolation)
+    spec = _spec(settings, image, name, owner, directory, isolation, transport.name)
+    way: SocketTransport | None = None
     try:
         with DirectoryWatch(directory.path) as watch:
             container_id = _create(engine, spec)
             engine.start(container_id)
-            _wait_until_healthy(engine, container_id, spec, watch)
-            require(self_test(directory.socket_path, settings, isolation), enforced=isolation.enforced)
+            shared = transport.name == SOCKET
+            way = UnixSocketTransport(directory.socket_path) if shared else exec_transport(lines.to(container_id))
+            _wait_until_healthy(engine, container_id, spec, watch, way)
+            require(self_test(way, settings, isolation), enforced=isolation.enforced)
         handle = SandboxHandle(
-            sandbox_id=container_id, name=spec.name, socket_path=directory.socket_path, owned=spec.owned
+            sandbox_id=container_id,
+            name=spec.name,
+            socket_path=directory.socket_path,
+            owned=spec.owned,
+            transport=spec.transport,
         )
         if handle.owned:
             own(handle)
-        return handle
+        return handle, way
     except BaseException as error:
+        if way is not None:
+            way.close()
         # Ctrl-C may strike while the engine already creates it: by name, then, and only if it is this one.
         _remove_if_same(engine, spec)
         runtime.remove(directory.path.name)
@@ -108,15 +130,19 @@ def launch(
         raise
 
 
-def self_test(socket_path: Path, settings: SandboxSettings, isolation: Isolation) -> list[Check]:
+def self_test(transport: Transport, settings: SandboxSettings, isolation: Isolation) -> list[Check]:
     """Return what a running sandbox found out about itself, judged by what was asked for.
+
+    Args:
+        transport: Leads to its broker; stays open.
+        settings: What was asked for.
+        isolation: What was asked for.
 
     Raises:
         ProviderError: It does not answer.
         MalformedReply: It answers nonsense.
         PreloadFailed: A module that was to be preloaded cannot be imported.
     """
-    transport = UnixSocketTransport(socket_path)
     try:
         reply = transport.request("GET", "/v1/self-test", timeout_s=settings.start_timeout_s).header
     except BrokerTimeout as error:
@@ -127,8 +153,6 @@ def self_test(socket_path: Path, settings: SandboxSettings, isolation: Isolation
         ) from error
     except BrokerUnreachable as error:
         raise ProviderError(f"the sandbox ended during its self-test: {error.message}") from error
-    finally:
-        transport.close()
     return judged(reply, settings, isolation)
 
 
@@ -159,6 +183,7 @@ def handle_of(container: Mapping[str, Any]) -> SandboxHandle:
         name=labels[LABEL_NAME],
         socket_path=Path(labels[LABEL_DIRECTORY]) / runtime_dir.SOCKET_NAME,
         owned=labels[LABEL_KIND] != NAMED,
+        transport=labels.get(LABEL_TRANSPORT, SOCKET),
     )
 
 
@@ -169,6 +194,7 @@ def _spec(
     owner: Owner,
     directory: SandboxDirectory,
     isolation: Isolation,
+    transport: str,
 ) -> ContainerSpec:
     return ContainerSpec(
         settings=settings,
@@ -181,6 +207,7 @@ def _spec(
         broker_uid=runtime_dir.broker_uid(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         isolation=isolation,
+        transport=transport,
     )
 
 
@@ -213,22 +240,30 @@ def _create_or_conflict(engine: Engine, spec: ContainerSpec) -> str:
         raise
 
 
-def _wait_until_healthy(engine: Engine, container_id: str, spec: ContainerSpec, watch: DirectoryWatch) -> None:
+def _wait_until_healthy(
+    engine: Engine, container_id: str, spec: ContainerSpec, watch: DirectoryWatch, way: SocketTransport
+) -> None:
     timeout_s = spec.settings.start_timeout_s
+
+    def is_running() -> bool:
+        return death_reason(engine.inspect(container_id)["State"]) is None
+
     try:
-        health = wait_until_ready(
-            lambda left_s: probe(spec.directory / runtime_dir.SOCKET_NAME, left_s),
-            watch=watch,
-            pid=engine.inspect(container_id)["State"].get("Pid"),
-            is_running=lambda: death_reason(engine.inspect(container_id)["State"]) is None,
-            timeout_s=timeout_s,
-        )
+        if spec.transport == SOCKET:
+            pid = engine.inspect(container_id)["State"].get("Pid")
+            health = wait_until_ready(
+                lambda left_s: probe(way, left_s), watch=watch, pid=pid, is_running=is_running, timeout_s=timeout_s
+            )
+        else:
+            health = _relayed_health(way, timeout_s, is_running)
     except Died:
         reason = death_reason(engine.inspect(container_id)["State"])
         raise ProviderError(
             f"the sandbox ended while it started: {reason}{log_tail(engine.logs(container_id))}"
         ) from None
     except TimedOut as late:
+        if spec.transport == SOCKET and SERVING in engine.logs(container_id):
+            raise not_shared(spec.name) from None
         raise ProviderError(
             f"the sandbox did not answer within {timeout_s:g} s ({late}){log_tail(engine.logs(container_id))}",
             help="a slow machine? Give it more time: RLM_SANDBOX_START_TIMEOUT_S=120",
@@ -240,19 +275,32 @@ def _wait_until_healthy(engine: Engine, container_id: str, spec: ContainerSpec, 
         )
 
 
-def probe(socket_path: Path, left_s: float) -> dict[str, Any]:
+def _relayed_health(way: SocketTransport, timeout_s: float, is_running: Callable[[], bool]) -> dict[str, Any]:
+    """Return a sandbox's health through its relay, which waits inside for the broker to come up."""
+    try:
+        with way.dial(timeout_s):
+            return probe(way, timeout_s)
+    except TimeoutError:
+        raise TimedOut("its relay says nothing") from None
+    except (RelayEnded, NotReady) as error:
+        if not is_running():
+            raise Died from None
+        raise TransportUnusable(
+            f"transport='exec': no relay runs in the sandbox: {error}",
+            help="RLM_SANDBOX_TRANSPORT=socket, where the engine is on this machine",
+        ) from error
+
+
+def probe(transport: Transport, left_s: float) -> dict[str, Any]:
     """Return a sandbox's health.
 
     Raises:
         NotReady: It does not answer yet.
     """
-    transport = UnixSocketTransport(socket_path)
     try:
         return transport.request("GET", "/v1/health", timeout_s=left_s).header
     except BrokerUnreachable as error:
         raise NotReady(error.message) from error
-    finally:
-        transport.close()
 
 
 def _remove_if_same(engine: Engine, spec: ContainerSpec) -> None:

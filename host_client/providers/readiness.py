@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
-_IN_ATTRIB, _IN_MOVED_TO, _IN_CREATE = 0x4, 0x80, 0x100
+from broker.protocol.directory_watch import DirectoryWatch
+
 #: Only a safety net, for file systems that tell no events; it bounds how late a missed event is noticed.
 _LOOK_AGAIN_S = 0.25
 #: After an event something is about to happen of which the kernel tells nothing, such as ``listen``; doubled each time.
@@ -31,43 +29,6 @@ class TimedOut(Exception):
 
 class Died(Exception):
     """The sandbox ended instead of answering."""
-
-
-class DirectoryWatch:
-    """Becomes readable when something appears in a directory (inotify).
-
-    Watch before starting what will appear, so that nothing is missed. ``fileno()`` is for ``select.poll``.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "inotify is not available")
-        if libc.inotify_add_watch(self._fd, os.fsencode(directory), _IN_CREATE | _IN_MOVED_TO | _IN_ATTRIB) < 0:
-            code = ctypes.get_errno()
-            os.close(self._fd)
-            raise OSError(code, f"cannot watch {directory}: {os.strerror(code)}")
-
-    def fileno(self) -> int:
-        """Return the file descriptor to poll."""
-        return self._fd
-
-    def drain(self) -> bool:
-        """Forget the events so far; tell whether there were any."""
-        found = False
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._fd, 4096):
-                found = True
-        return found
-
-    def __enter__(self) -> DirectoryWatch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
 
 
 def wait_until_ready(

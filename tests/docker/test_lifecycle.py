@@ -18,6 +18,7 @@ from host_client.providers.launch import NameTaken
 from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
 from host_client.status_table import count_sessions
+from host_client.transport import UnixSocketTransport
 from tests.docker.sandboxes import engine, image, leaks, provider, run_host, runtime, settings
 
 pytestmark = pytest.mark.docker
@@ -35,7 +36,7 @@ def test_a_sandbox_starts_answers_and_leaves_nothing(
     provider: DockerProvider, settings: SandboxSettings, engine: DockerEngine, runtime: RuntimeDir
 ) -> None:
     handle = provider.start(settings)
-    assert count_sessions(handle.socket_path) == 0
+    assert count_sessions(UnixSocketTransport(handle.socket_path)) == 0
     assert provider.why_dead(handle) is None
     provider.stop(handle)
     provider.stop(handle)
@@ -53,7 +54,7 @@ def test_eight_starts_at_once_share_no_uid_and_leave_no_thread_or_descriptor(
         handles = list(pool.map(lambda _: provider.start(settings), range(8)))
         bases = {json.loads(engine.inspect(h.sandbox_id)["Args"][-1])["guest_uid_base"] for h in handles}
         engine.close()
-        counts = [count_sessions(handle.socket_path) for handle in handles]
+        counts = [count_sessions(UnixSocketTransport(handle.socket_path)) for handle in handles]
         list(pool.map(provider.stop, handles))
     assert len(bases) == 8
     assert counts == [0] * 8
@@ -158,7 +159,7 @@ def test_a_named_sandbox_outlives_its_host_and_is_found_by_another(
     handle = provider.find("lifecycle-test")
     assert handle.sandbox_id == output.strip()
     assert not handle.owned
-    assert count_sessions(handle.socket_path) == 0
+    assert count_sessions(UnixSocketTransport(handle.socket_path)) == 0
     provider.stop(provider.start(settings))
     assert provider.why_dead(handle) is None, "the reaper spares it"
     with pytest.raises(NameTaken, match="already running"):
@@ -220,7 +221,7 @@ def _use_as(user: int, settings: SandboxSettings) -> int:
         return 1
     if handle.socket_path.parent.stat().st_mode & 0o777 != 0o700:
         return 2
-    if count_sessions(handle.socket_path) != 0:
+    if count_sessions(UnixSocketTransport(handle.socket_path)) != 0:
         return 3
     provider.stop(handle)
     return 0 if not Path(handle.socket_path).parent.exists() and provider.why_dead(handle) == "removed" else 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from host_client.providers.docker_engine import DockerEngine
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import self_test
 from host_client.runtime_dir import RuntimeDir
+from host_client.transport import UnixSocketTransport
 from tests.docker.sandboxes import engine, image, leaks, runtime, settings
 
 pytestmark = pytest.mark.docker
@@ -30,7 +32,8 @@ def checks_of(settings: SandboxSettings, isolation: Isolation) -> dict[str, Chec
     provider = DockerProvider(isolation_of=lambda _: dataclasses.replace(isolation, enforced=False))
     handle = provider.start(settings)
     try:
-        return {check.name: check for check in self_test(handle.socket_path, settings, Isolation.of(settings))}
+        with contextlib.closing(UnixSocketTransport(handle.socket_path)) as transport:
+            return {check.name: check for check in self_test(transport, settings, Isolation.of(settings))}
     finally:
         provider.stop(handle)
 
@@ -77,7 +80,8 @@ def test_a_smaller_limit_than_the_engine_gave_is_noticed(settings: SandboxSettin
     provider = DockerProvider()
     handle = provider.start(settings)
     asked = dataclasses.replace(settings, memory=512 << 20, cpus=0.5, pids=100)
-    found = self_test(handle.socket_path, asked, Isolation())
+    with contextlib.closing(UnixSocketTransport(handle.socket_path)) as transport:
+        found = self_test(transport, asked, Isolation())
     provider.stop(handle)
     assert {check.name for check in found if not check.held} == {"memory", "cores", "processes and threads"}
 

@@ -139,7 +139,6 @@ def test_a_missing_image_names_the_command(provider: DockerProvider, runtime: Ru
         ("Unknown runtime specified runsc", BadSetting, "RLM_SANDBOX_RUNTIME"),
         ("Range of CPUs is from 0.01 to 2.00", BadSetting, "refuses a limit"),
         ("Minimum memory limit allowed is 6MB", BadSetting, "RLM_SANDBOX_MEMORY"),
-        ("invalid mount config: bind source path does not exist: /x", ProviderError, "does not see this machine"),
         ("something else", ProviderError, "something else"),
     ],
 )
@@ -292,7 +291,7 @@ def test_a_handle_that_names_a_foreign_directory_removes_nothing(
 
 def test_other_systems_are_told_what_works(provider: DockerProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(SandboxError, match="only on Linux"):
+    with pytest.raises(SandboxError, match="needs Linux"):
         provider.start(SETTINGS)
 
 

@@ -201,6 +201,12 @@ def test_an_engine_that_the_user_named_elsewhere_is_not_replaced(monkeypatch: py
     assert machine.ran == []
 
 
+def test_an_engine_behind_ssh_is_told_how_to_forward_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "engine_url", lambda: "ssh://me@elsewhere")
+    with pytest.raises(EngineUnavailable, match="ssh -NL"):
+        ensure(FakeMachine(), lambda: False)
+
+
 @pytest.mark.parametrize("error", [EnginePermission("no"), EngineTooOld("old")])
 def test_an_engine_that_is_there_but_unusable_is_never_installed_over(error: Exception) -> None:
     def connect() -> DockerEngine:

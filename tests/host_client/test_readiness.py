@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from host_client.providers.readiness import Died, DirectoryWatch, NotReady, TimedOut, wait_until_ready
+from broker.protocol.directory_watch import DirectoryWatch
+from host_client.providers.readiness import Died, NotReady, TimedOut, wait_until_ready
 
 
 @pytest.fixture
