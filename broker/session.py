@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
 from broker.executions import Execution, ExecutionStore, explain
+from broker.held_files import HeldFiles
 from broker.idleness import Idleness
 from broker.output import Output
 from broker.protocol import limits, reading
-from broker.protocol.blob_file import Blobs
-from broker.protocol.frames import Blob
+from broker.protocol.blob_file import BlobFile, Blobs
 from broker.protocol.messages import (
     CallState,
     ErrorInfo,
@@ -80,7 +80,7 @@ class _Report:
     value: Any
     display: str | None
     error: ErrorInfo | None
-    blobs: Sequence[Blob]
+    blobs: Blobs
     keeps_pipe: bool
 
 
@@ -130,10 +130,13 @@ class Session:
         self.epoch = 1
         self.lost: str | None = None
         self.created_at = clock()
-        self.executions = ExecutionStore()
+        self.files = HeldFiles()
+        self.executions = ExecutionStore(self.files)
         self.tool_names: frozenset[str] = frozenset()
         self._idempotent: frozenset[str] = frozenset()
-        self.tool_calls = ToolCallQueue(clock=clock, on_queued=self._call_queued, on_ended=self._call_ended)
+        self.tool_calls = ToolCallQueue(
+            clock=clock, on_queued=self._call_queued, on_ended=self._call_ended, files=self.files
+        )
         self._worker, self._clock = worker, clock
         self._on_news, self._on_call_ended, self._on_deadline = on_news, on_call_ended, on_deadline
         self._running: Execution | None = None
@@ -230,7 +233,7 @@ class Session:
             raise UnknownExecution(f"no execution {execution_id!r} in this session")
         return execution
 
-    def submit(self, request: ToolCallRequest, blobs: Sequence[Blob], size: int) -> ToolCall:
+    def submit(self, request: ToolCallRequest, blobs: Blobs, size: int) -> ToolCall:
         """Queue a tool call of generated code.
 
         Raises:
@@ -257,7 +260,7 @@ class Session:
 
     # What the worker and the supervisor tell.
 
-    def frame_received(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+    def frame_received(self, header: JsonObject, blobs: Blobs) -> None:
         """Take a frame off the worker's channel."""
         if not self._awaited(header):
             self._stray_frames += 1
@@ -269,6 +272,8 @@ class Session:
         except reading.BadRequest:
             self.protocol_broken()
             return
+        if type(blobs) is BlobFile:
+            report.blobs = self.files.keep(blobs)
         if self._interrupts_on_their_way:
             self._held_back = report
         else:
@@ -380,12 +385,15 @@ class Session:
         if cause is None:
             self._end(execution, report.outcome, report.error, report)
         else:
+            self.files.let_go(report.blobs)
             self._end(execution, cause, explain(cause, execution, report.error))
 
     def _lose(self, reason: str) -> None:
         if self.lost is not None:
             return
         self.lost = reason
+        if self._held_back is not None:
+            self.files.let_go(self._held_back.blobs)
         self._channel_closed_at = self._held_back = None
         if self._running is not None:
             outcome = self._running.cause or Outcome.WORKER_DIED
@@ -452,7 +460,7 @@ def execute_header(request: ExecuteRequest) -> JsonObject:
     return header
 
 
-def _read_report(header: JsonObject, blobs: Sequence[Blob]) -> _Report:
+def _read_report(header: JsonObject, blobs: Blobs) -> _Report:
     result = ExecutionResult.from_json(header)
     if result.outcome not in _REPORTABLE:
         raise reading.BadRequest(f"a worker cannot report {result.outcome.value}")
