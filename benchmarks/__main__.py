@@ -20,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-llm-sandbox", action="store_true", help="leave llm-sandbox out")
     parser.add_argument("--no-curves", action="store_true", help="leave the cost curves out")
     parser.add_argument("--out", type=Path, help="folder for the tables and plots (default: docs)")
+    parser.add_argument("--replot", action="store_true", help="draw the plots anew from the figures that are there")
     parser.add_argument("--flame", action="store_true", help="draw the flame graphs of the hot path, and nothing else")
     parser.add_argument("--budget", action="store_true", help="count the hot path's calls beside the recorded budget")
     parser.add_argument("--record-budget", action="store_true", help="record today's counts as the budget")
@@ -32,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     if given.budget or given.record_budget:
         return budget.main(record_them=given.record_budget)
     folder = given.out or agents.ROOT / "docs"
+    if given.replot:
+        outcome = report.read_json(folder / "benchmarks.json")
+        plots.write(outcome, cases.all_cases(quick=False), curves.all_curves(quick=False), folder)
+        return 0
     if given.flame:
         return flame.main(folder)
     begin = time.monotonic()

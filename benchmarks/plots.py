@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _ROLE_COLOURS = {"host": "#1b6ca8", "broker": "#e09f3e", "worker": "#6a994e"}
 _OTHER = "#444444"
 _WANTED = "#2d6a4f"
 _DPI = 110
+_WIDTH_INCHES = 14
+#: Of the titles' font.
+_TITLE_CHARS_PER_INCH = 10.5
 
 
 def write(outcome: Outcome, rows: Sequence[Case], lines: Sequence[Curve], folder: Path) -> list[Path]:
@@ -66,7 +70,7 @@ def _bar_panel(panel: Any, row: Case, figures: Sequence[Figure]) -> None:
     for bar, median, end in zip(bars, medians, ends, strict=True):
         where = (bar.get_x() + bar.get_width() / 2, max(median, end) * 1.15)
         panel.annotate(_short(median), where, ha="center", va="bottom", fontsize=9)
-    panel.set_title(row.title.replace("`", ""), fontsize=10.5)
+    _title(panel, row.title)
     panel.set_ylabel(f"{scaled(figures[0].unit, 1.0)[1]} (log)", fontsize=9)
     panel.set_xticks([])
 
@@ -86,7 +90,7 @@ def _cpu(outcome: Outcome, rows: Sequence[Case], path: Path) -> Path:
         for index, total in enumerate(left):
             panel.annotate(f" {_short(total)}", (total, index), va="center", fontsize=9)
         panel.set_xlim(right=max(left) * 1.25)
-        panel.set_title(row.title.replace("`", ""), fontsize=10.5)
+        _title(panel, row.title)
         panel.set_xlabel("CPU ms of one operation", fontsize=9)
     _finish(canvas, list(ROLES), _ROLE_COLOURS, path)
     return path
@@ -132,16 +136,22 @@ def _axes(panel: Any, line: Curve, title: str, unit: str) -> None:
     panel.set_xticks(ticks, [label(tick) for tick in ticks], fontsize=9)
     panel.xaxis.minorticks_off()
     panel.grid(visible=True, alpha=0.25)
-    panel.set_title(title + (" (dotted: CPU time)" if unit == "ms" else ""), fontsize=10.5)
+    _title(panel, title + (" (dotted: CPU time)" if unit == "ms" else ""))
     panel.set_xlabel(line.x, fontsize=9)
     panel.set_ylabel(f"{unit} (log)" if logarithmic else unit, fontsize=9)
+
+
+def _title(panel: Any, text: str) -> None:
+    """Set a panel's title, in as many lines as it takes to stay above the panel."""
+    wide = _WIDTH_INCHES / panel.get_gridspec().ncols * _TITLE_CHARS_PER_INCH
+    panel.set_title(textwrap.fill(text.replace("`", ""), int(wide)), fontsize=10.5)
 
 
 def _grid(count: int, *, columns: int, height: float) -> tuple[Any, list[Any]]:
     from matplotlib import pyplot
 
     rows = -(-count // columns)
-    canvas, axes = pyplot.subplots(rows, columns, figsize=(14, height * rows + 0.5), squeeze=False)
+    canvas, axes = pyplot.subplots(rows, columns, figsize=(_WIDTH_INCHES, height * rows + 0.5), squeeze=False)
     panels = list(axes.flat)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)

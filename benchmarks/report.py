@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.agents import ROOT
 from benchmarks.cases import CALLS, Case
 from benchmarks.curves import GIB, KIB, MIB, Curve
-from benchmarks.measure import Figure, Outcome
+from benchmarks.measure import CurvePoint, Figure, Outcome
 from benchmarks.processes import ROLES
 
 OURS, BEFORE, BASELINE = "rlm-sandbox", "before", "LocalInterpreter"
@@ -198,6 +198,31 @@ def write_json(outcome: Outcome, facts: dict[str, Any], path: Path) -> None:
         "left_out": [{"contender": who, "why": why, "what": what} for (who, why), what in outcome.left_out.items()],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Outcome:
+    """Read what ``write_json`` wrote.
+
+    Raises:
+        ValueError: It did not.
+    """
+    content = json.loads(path.read_text())
+    try:
+        figures = [
+            Figure(f["case"], f["contender"], f["unit"], tuple(f["samples"]), f["cpu_s"]) for f in content["figures"]
+        ]
+        points = [
+            CurvePoint(
+                point["curve"],
+                point["contender"],
+                point["x"],
+                {name: value for name, value in point.items() if name not in ("curve", "contender", "x")},
+            )
+            for point in content["points"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no figures of this program: {error!r}") from None
+    return Outcome(figures, points)
 
 
 def _rounded(value: Any) -> Any:

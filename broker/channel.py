@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import gevent
 
 from broker.outbox import Outbox
 from broker.protocol import frames, limits
-from broker.protocol.blob_file import BlobFile, Blobs
-from broker.protocol.frames import Blob, FrameAssembler, FrameError
+from broker.protocol.blob_file import ANCILLARY_BYTES, BlobFile, Blobs, close_all, descriptors, rights
+from broker.protocol.frames import FrameAssembler, FrameError
+from broker.protocol.messages import ErrorInfo, Outcome
 
 JsonObject = dict[str, Any]
 
 #: What a worker may send in one frame. Its values are bounded like a tool call's.
 MAX_WORKER_FRAME_BYTES = limits.MAX_TOOL_CALL_BYTES
 
+_FILE_LOST = ErrorInfo(
+    type="OSError",
+    message="the code ran, but its large result was lost: the sandbox is out of descriptors; ask for it once more",
+).to_json()
+
 _SMALL_READ_BYTES = 64 << 10
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 #: Read in one turn of the event loop; more is left to the next turn, so that one worker starves nobody.
 _MOST_READ_BYTES = 4 << 20
 
@@ -30,7 +36,7 @@ class Channel:
 
     Args:
         sock: Our end.
-        on_frame: Called with each frame.
+        on_frame: Called with each frame; a file that it does not take over (``BlobFile.moved``) is closed afterwards.
         on_broken: Called once when bytes arrive that are no frame.
         on_closed: Called once at the end of the stream.
     """
@@ -39,7 +45,7 @@ class Channel:
         self,
         sock: socket.socket,
         *,
-        on_frame: Callable[[JsonObject, Sequence[Blob]], None],
+        on_frame: Callable[[JsonObject, Blobs], None],
         on_broken: Callable[[], None],
         on_closed: Callable[[], None],
     ) -> None:
@@ -47,7 +53,8 @@ class Channel:
         self._sock = sock
         self._reading = False
         self._on_frame, self._on_broken, self._on_closed = on_frame, on_broken, on_closed
-        self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES)
+        self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES, files=True)
+        self._fds: list[int] = []
         self._outbox = Outbox(sock)
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
@@ -64,9 +71,8 @@ class Channel:
         if isinstance(blobs, BlobFile):
             header, fds = {**header, "file": True, "blobs": blobs.lengths}, [*fds, blobs.fd]
             blobs = ()
-        rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes()),) if fds else ()
         try:
-            sent = self._outbox.send(frames.dump_frame(header, blobs), rights)
+            sent = self._outbox.send(frames.dump_frame(header, blobs), rights(fds) if fds else ())
         except OSError:
             return  # the end of the stream is seen by the reader
         if not sent:
@@ -86,6 +92,8 @@ class Channel:
         self._watcher.close()  # from here on it is not active
         self._outbox.close()
         self._sock.close()
+        close_all(self._fds)
+        self._fds = []
 
     def read_now(self) -> None:
         """Take in what has arrived; does nothing within ``on_frame``."""
@@ -104,11 +112,13 @@ class Channel:
         while left > 0 and self._sock.fileno() >= 0:
             wanted = min(max(self._frames.missing, _SMALL_READ_BYTES), left)
             try:
-                data = self._sock.recv(wanted)
+                data, ancillary, _, _ = self._sock.recvmsg(wanted, ANCILLARY_BYTES, _CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
+                data, ancillary = b"", []
+            if ancillary:
+                self._fds += descriptors(ancillary)
             if not data:
                 self._watcher.stop()
                 self._on_closed()
@@ -123,8 +133,25 @@ class Channel:
         try:
             frame = self._frames.next()
             while frame is not None and self._sock.fileno() >= 0:
-                self._on_frame(*frame)
+                if self._frames.in_file:
+                    self._take_with_file(*frame)
+                else:
+                    self._on_frame(*frame)
                 frame = self._frames.next()
+            if self._fds and (len(self._fds) > 1 or not self._frames.started):
+                raise FrameError("descriptors that no frame has announced")
         except FrameError:
             self._watcher.stop()
             self._on_broken()
+
+    def _take_with_file(self, header: JsonObject, _: object) -> None:
+        lengths = list(frames.blob_lengths(header, max_bytes=MAX_WORKER_FRAME_BYTES))
+        fds, self._fds = self._fds, []
+        if not fds:  # we are out of descriptors, or it never sent one
+            self._on_frame({**header, "outcome": Outcome.RAISED.value, "value": None, "error": _FILE_LOST}, ())
+            return
+        file = BlobFile.received(fds, lengths)
+        try:
+            self._on_frame(header, file)
+        finally:
+            file.close()

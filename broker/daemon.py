@@ -112,7 +112,10 @@ class Daemon:
                 log=log,
                 admit=self._admit_guest,
                 left=self._guest_left,
-                upgrades={FRAMED_UPGRADE: self._serve_guest},
+                upgrades={
+                    FRAMED_UPGRADE: self._serve_guest,
+                    FILES_UPGRADE: lambda sock, connection: self._serve_guest(sock, connection, files=True),
+                },
             ),
             # Last: a host that reaches this one finds everything in place.
             UnixServer(
@@ -152,16 +155,24 @@ class Daemon:
         self._stopped.set()
 
     def _serve_host(self, sock: Any, connection: Connection, *, files: bool = False) -> None:
-        FramedConnection(sock, connection, host_routes(self.sessions), self._log, files=files).serve()
+        most = limits.MAX_FRAME_BYTES if files else 0
+        FramedConnection(sock, connection, host_routes(self.sessions), self._log, max_file_bytes=most).serve()
 
-    def _serve_guest(self, sock: Any, connection: Connection) -> None:
+    def _serve_guest(self, sock: Any, connection: Connection, *, files: bool = False) -> None:
         try:
             session = self.sessions.of_guest(connection.peer)
         except BrokerError as error:
             sock.sendall(b"".join(dump_frame({"status": error.status, "body": error.to_json()})))
             return
-        most = limits.MAX_GUEST_FRAME_BYTES
-        FramedConnection(sock, connection, guest_routes(session), self._log, max_bytes=most).serve()
+        FramedConnection(
+            sock,
+            connection,
+            guest_routes(session),
+            self._log,
+            max_bytes=limits.MAX_GUEST_FRAME_BYTES,
+            max_file_bytes=limits.MAX_TOOL_CALL_BYTES if files else 0,
+            whole=True,
+        ).serve()
 
     def _admit_host(self, peer: Peer) -> None:
         self._allow_host(peer)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+from broker.held_files import HeldFiles
 from broker.protocol import limits
-from broker.protocol.blob_file import Blobs
-from broker.protocol.frames import Blob
+from broker.protocol.blob_file import BlobFile, Blobs
 from broker.protocol.messages import ErrorInfo, ExecuteRequest, ExecutionResult, Outcome
 from broker.stopwatch import Stopwatch
 
@@ -48,7 +48,7 @@ class Execution:
     remind_at: float | None = None
     kill_at: float | None = None
     result: ExecutionResult | None = None
-    blobs: Sequence[Blob] = ()
+    blobs: Blobs = ()
     size: int = 0
     on_lane: bool = False
     left: tuple[dict[str, Any], Blobs] | None = None
@@ -78,9 +78,14 @@ class Execution:
 
 
 class ExecutionStore:
-    """The executions of one session by id, oldest first; bounded in number and in bytes."""
+    """The executions of one session by id, oldest first; bounded in number and in bytes.
 
-    def __init__(self) -> None:
+    Args:
+        files: What the session holds in files.
+    """
+
+    def __init__(self, files: HeldFiles) -> None:
+        self._files = files
         self._all: OrderedDict[str, Execution] = OrderedDict()
         self._held_bytes = 0
 
@@ -100,10 +105,10 @@ class ExecutionStore:
         self._all[execution.execution_id] = execution
         self._forget_oldest()
 
-    def ended(self, execution: Execution, result: ExecutionResult, blobs: Sequence[Blob]) -> None:
+    def ended(self, execution: Execution, result: ExecutionResult, blobs: Blobs) -> None:
         """Store the result of one."""
         execution.result, execution.blobs = result, blobs
-        execution.size = len(result.output) + sum(map(len, blobs))
+        execution.size = len(result.output) + (blobs.size if type(blobs) is BlobFile else sum(map(len, blobs)))
         self._held_bytes += execution.size
         self._forget_oldest()
 
@@ -113,6 +118,8 @@ class ExecutionStore:
         ):
             _, forgotten = self._all.popitem(last=False)
             self._held_bytes -= forgotten.size
+            if forgotten.blobs:
+                self._files.let_go(forgotten.blobs)
 
 
 def explain(cause: Outcome, execution: Execution, found: ErrorInfo | None) -> ErrorInfo:

@@ -11,9 +11,8 @@ Everything here runs in callbacks of the event loop: nothing may wait.
 
 from __future__ import annotations
 
-import array
 import functools
-import os
+import select
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +27,7 @@ from broker.live_session import LiveSession
 from broker.logs import Log
 from broker.outbox import Outbox
 from broker.protocol import limits, reading
-from broker.protocol.blob_file import BlobFile, Blobs
+from broker.protocol.blob_file import ANCILLARY_BYTES, MOST_FDS, BlobFile, Blobs, close_all, descriptors, rights
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, blob_lengths, dump_frame
 from broker.protocol.messages import Progress, ToolCallRequest, ToolCallStatus
 from broker.query import TargetQuery, query_number
@@ -42,8 +41,7 @@ _MOST_READ_BYTES = 4 << 20
 _READABLE = 1
 #: Served in one turn of the event loop; whoever sends more in a row is not the only one served.
 _MOST_FRAMES = 32
-#: Descriptors taken with one read; a frame has one.
-_MOST_FDS = 4
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 
 class Connected(Protocol):
@@ -54,7 +52,7 @@ class Connected(Protocol):
 
 
 #: What is answered: a message, or a body, and the blobs that it refers to.
-Answer = tuple[Progress | ToolCallStatus | JsonObject, Sequence[Blob]]
+Answer = tuple[Progress | ToolCallStatus | JsonObject, Blobs]
 
 
 class Request(NamedTuple):
@@ -64,8 +62,8 @@ class Request(NamedTuple):
         argument: The third part of the path, such as the session's id.
         query: What stood behind the path.
         body: The body.
-        blobs: What it refers to; only an execution's may be in a file.
-        size: Bytes of the whole frame.
+        blobs: What it refers to. A file that is not taken over (``BlobFile.moved``) is closed after the handler.
+        size: Bytes of the whole frame, its file included.
         connection: What it came on.
         answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``; None where it was
             given on another way.
@@ -100,9 +98,8 @@ def host_routes(sessions: Sessions) -> Routes:
         return host_requests.claim_later(session, request.query, request.body, there, request.answer)
 
     def answer(request: Request) -> Cancel | None:
-        blobs = _in_frame(request)
         session, call = host_requests.answer(
-            sessions, request.argument, request.query, request.body, blobs, request.size
+            sessions, request.argument, request.query, request.body, request.blobs, request.size
         )
         reply: JsonObject = {"call_id": call.call_id, "state": call.state.value}
         claimed = session.claim_one(request.connection.still_there) if "claim" in request.query else None
@@ -131,7 +128,7 @@ def guest_routes(session: LiveSession) -> Routes:
 
     def submit(request: Request) -> Cancel | None:
         call = ToolCallRequest.from_json(request.body)
-        waiter = session.call_tool_later(call, _in_frame(request), request.size, request.answer)
+        waiter = session.call_tool_later(call, request.blobs, request.size, request.answer)
         return host_requests.ending(session, waiter)
 
     def read(request: Request) -> Cancel | None:
@@ -150,8 +147,10 @@ class FramedConnection:
         connection: For the handlers.
         routes: What is served.
         log: For defects.
-        max_bytes: Largest request taken.
-        files: Whether blobs may come in a file.
+        max_bytes: Largest request taken, without its file.
+        max_file_bytes: Largest file taken with a request, or 0 where blobs do not travel in files.
+        whole: Whether a descriptor must come in one read with its whole frame. As many connections as generated code
+            may open could else hold a descriptor each.
     """
 
     def __init__(
@@ -162,14 +161,16 @@ class FramedConnection:
         log: Log,
         *,
         max_bytes: int = limits.MAX_FRAME_BYTES,
-        files: bool = False,
+        max_file_bytes: int = 0,
+        whole: bool = False,
     ) -> None:
         # A plain socket on the same connection: gevent's own would let whoever reads wait in a greenlet.
         self._sock = socket.socket(fileno=socket.dup(sock.fileno()))
         self._sock.setblocking(False)
         self._connection, self._routes, self._log = connection, routes, log
-        self._frames = FrameAssembler(max_bytes, files=files)
-        self._files = files
+        self._files = max_file_bytes > 0
+        self._max_file_bytes, self._whole = max_file_bytes, whole
+        self._frames = FrameAssembler(max_bytes, files=self._files)
         self._fds: list[int] = []
         self._outbox = Outbox(self._sock, on_empty=self._go_on, on_broken=self._end)
         self._watcher = gevent.get_hub().loop.io(self._sock.fileno(), _READABLE)
@@ -219,12 +220,17 @@ class FramedConnection:
             return
         self._frames.add(data)
         self._take_frames()
+        if self._fds and self._whole:
+            self._end()  # they came without the end of their frame
 
     def _receive(self, size: int) -> bytes:
         if not self._files:
             return self._sock.recv(size)
-        data, fds, _, _ = socket.recv_fds(self._sock, size, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
-        self._fds += fds
+        data, ancillary, _, _ = self._sock.recvmsg(size, ANCILLARY_BYTES, _CLOEXEC)
+        if ancillary:
+            self._fds += descriptors(ancillary)
+            if len(self._fds) > MOST_FDS:
+                raise OSError("descriptors without frames")
         return data
 
     def _look_for_end(self) -> None:
@@ -263,11 +269,18 @@ class FramedConnection:
             return False
         self._answering = True
         header, blobs = frame
-        if header.get("file") is True and self._files:
+        if self._frames.in_file:
             self._handle_file(header)
-        else:
-            self._handle(header, blobs)
+            return True
+        if self._fds and (self._whole or not self._frames.started):
+            self._drop_descriptors()
+        self._handle(header, blobs, self._frames.size)
         return True
+
+    def _drop_descriptors(self) -> None:
+        """Close what no frame has announced."""
+        close_all(self._fds)
+        self._fds = []
 
     def _handle_file(self, header: JsonObject) -> None:
         fds, self._fds = self._fds, []
@@ -275,16 +288,22 @@ class FramedConnection:
             self._answered(FileMissing("no descriptor came with a frame that announced a file"))
             return
         try:
-            file = BlobFile.received(fds, list(blob_lengths(header, max_bytes=limits.MAX_FRAME_BYTES)))
+            lengths = list(blob_lengths(header, max_bytes=self._max_file_bytes))
+        except FrameError as error:
+            close_all(fds)
+            self._answered(BadRequest(f"malformed frame: {error}"))
+            return
+        try:
+            file = BlobFile.received(fds, lengths)
         except FrameError as error:
             self._answered(BadRequest(f"malformed frame: {error}"))
             return
         try:
-            self._handle(header, file)
+            self._handle(header, file, self._frames.size + file.size)
         finally:
-            file.close()  # by now it was handed on, or nobody wants it
+            file.close()  # by now it was handed on or taken over, or nobody wants it
 
-    def _handle(self, header: JsonObject, blobs: Blobs) -> None:
+    def _handle(self, header: JsonObject, blobs: Blobs, size: int) -> None:
         try:
             read = reading.Reader(header, "framed request")
             route, argument, query = _target(read.text("request", max_chars=2000))
@@ -292,9 +311,7 @@ class FramedConnection:
             if handler is None:
                 raise UnknownRoute("nothing is served in frames under this path")
             body = read.mapping("body", {})
-            cancel = handler(
-                Request(argument, query, body, blobs, self._frames.size, self._connection, self._answered, self)
-            )
+            cancel = handler(Request(argument, query, body, blobs, size, self._connection, self._answered, self))
             if self._answering:
                 self._cancel = cancel
         except BrokerError as error:
@@ -322,16 +339,27 @@ class FramedConnection:
             self._answering, self._cancel = False, None
         self._send(*reply)
 
-    def _send(self, status: int, body: JsonObject, blobs: Sequence[Blob]) -> None:
-        pieces = dump_frame({"status": status, "body": body}, blobs)
+    def _send(self, status: int, body: JsonObject, blobs: Blobs) -> None:
+        header: JsonObject = {"status": status, "body": body}
+        if type(blobs) is not BlobFile:
+            pieces = dump_frame(header, blobs)
+        elif self._can_send_file(blobs):
+            self._post(dump_frame({**header, "file": True, "blobs": blobs.lengths}), rights([blobs.fd]))
+            return
+        else:
+            pieces = dump_frame(header, blobs.views())
         if self._held_back is None:
             self._post(pieces)
         else:
             self._held_back += pieces
 
-    def _post(self, pieces: Sequence[Blob]) -> None:
+    def _can_send_file(self, file: BlobFile) -> bool:
+        """Tell whether a descriptor would surely leave now: it goes with the first byte, or is lost."""
+        return self._files and file.fd >= 0 and not (self._held_back or self._outbox.full) and _takes_bytes(self._sock)
+
+    def _post(self, pieces: Sequence[Blob], ancillary: Sequence[tuple[int, int, bytes]] = ()) -> None:
         try:
-            self._outbox.send(pieces, self._rights())
+            self._outbox.send(pieces, ancillary or self._rights())
         except OSError:
             self._end()
             return
@@ -346,7 +374,7 @@ class FramedConnection:
         """Return the ancillary data for a descriptor that is to be handed over."""
         if self._handed is None:
             return ()
-        return ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._handed.fileno()]).tobytes()),)
+        return rights([self._handed.fileno()])
 
     def _go_on(self) -> None:
         """Everything has been sent: look at the next request."""
@@ -371,9 +399,7 @@ class FramedConnection:
 
     def _close(self) -> None:
         self._end()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        self._drop_descriptors()
         self._watcher.close()
         self._outbox.close()
         self._sock.close()
@@ -391,11 +417,11 @@ def _target(text: str) -> tuple[tuple[str, str, str], str, Mapping[str, str]]:
     return (method, parts[2], parts[4]), parts[3], TargetQuery(parse_qsl(query) if query else ())
 
 
-def _in_frame(request: Request) -> Sequence[Blob]:
-    if isinstance(request.blobs, BlobFile):
-        raise BadRequest("only the variables of an execution may come in a file")
-    return request.blobs
+def _takes_bytes(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLOUT)
+    return any(events == select.POLLOUT for _, events in poll.poll(0))
 
 
-def _failed(error: BrokerError) -> tuple[int, JsonObject, Sequence[Blob]]:
+def _failed(error: BrokerError) -> tuple[int, JsonObject, Blobs]:
     return error.status, error.to_json(), ()

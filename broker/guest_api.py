@@ -8,6 +8,7 @@ from broker.bodies import body_length, read_body, reply
 from broker.live_session import LiveSession, StatusWithBlobs
 from broker.logs import Log
 from broker.protocol import limits
+from broker.protocol.blob_file import as_views
 from broker.protocol.messages import ToolCallRequest
 from broker.query import query_number
 from broker.sessions import Sessions
@@ -57,4 +58,4 @@ def _session() -> LiveSession:
 
 
 def _status(status: StatusWithBlobs) -> Response:
-    return reply(status[0].to_json(), status[1])
+    return reply(status[0].to_json(), as_views(status[1]))

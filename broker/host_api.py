@@ -17,6 +17,7 @@ from broker.errors import LeaseExpired, SessionBusy
 from broker.live_session import LiveSession, WithBlobs
 from broker.logs import Log
 from broker.protocol import limits
+from broker.protocol.blob_file import as_views
 from broker.protocol.messages import HeldBy, OpenRequest, Verdict
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
@@ -244,7 +245,7 @@ def _plane() -> HostPlane:
 
 
 def _progress(progress: WithBlobs) -> Response:
-    return reply(progress[0].to_json(), progress[1])
+    return reply(progress[0].to_json(), as_views(progress[1]))
 
 
 def _describe(session: LiveSession) -> JsonObject:

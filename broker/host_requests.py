@@ -92,7 +92,7 @@ def claim_later(
 
 
 def answer(
-    sessions: Sessions, call_id: str, query: Query, body: JsonObject, blobs: Sequence[Blob], size: int
+    sessions: Sessions, call_id: str, query: Query, body: JsonObject, blobs: Blobs, size: int
 ) -> tuple[LiveSession, ToolCall]:
     """Store a tool's answer. The body is a ToolResult."""
     if size > limits.MAX_TOOL_CALL_BYTES:

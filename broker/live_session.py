@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from broker.errors import BrokerError, SessionLost, TooManyCalls
 from broker.executions import Execution
 from broker.protocol import limits
-from broker.protocol.blob_file import Blobs
+from broker.protocol.blob_file import BlobFile, Blobs, as_views
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
@@ -34,8 +35,8 @@ from broker.waiting import Alarm, Deliver, Waiter, WaitingRoom, in_greenlet
 from broker.worker_link import WorkerLink
 
 #: A reply: the message, and the blobs that its values refer to.
-WithBlobs = tuple[Progress, list[Blob]]
-StatusWithBlobs = tuple[ToolCallStatus, Sequence[Blob]]
+WithBlobs = tuple[Progress, Blobs]
+StatusWithBlobs = tuple[ToolCallStatus, Blobs]
 
 #: What those wait for who want claims or an execution's end; the others wait for a call, by its id.
 _NEWS = ""
@@ -120,7 +121,7 @@ class LiveSession:
     ) -> WithBlobs:
         """Start an execution and wait for its first tool calls or its end; see ``run_later``."""
         answer: WithBlobs = in_greenlet(
-            self._room, lambda deliver: self.run_later(request, blobs, wanted, still_there, deliver)
+            self._room, lambda deliver: self.run_later(request, blobs, wanted, still_there, _as_bytes(deliver))
         )
         return answer
 
@@ -152,7 +153,9 @@ class LiveSession:
 
     def claim(self, wanted: ClaimRequest, still_there: Callable[[], bool]) -> WithBlobs:
         """Renew leases, then wait for tool calls or for the execution's end."""
-        answer: WithBlobs = in_greenlet(self._room, lambda deliver: self.claim_later(wanted, still_there, deliver))
+        answer: WithBlobs = in_greenlet(
+            self._room, lambda deliver: self.claim_later(wanted, still_there, _as_bytes(deliver))
+        )
         return answer
 
     def claim_later(
@@ -172,7 +175,7 @@ class LiveSession:
         """Wait for the end of an execution, claiming nothing."""
         wanted = ClaimRequest(limit=0, wait_s=wait_s)
         answer: WithBlobs = in_greenlet(
-            self._room, lambda deliver: self._progress_later(execution, wanted, lambda: True, deliver)
+            self._room, lambda deliver: self._progress_later(execution, wanted, lambda: True, _as_bytes(deliver))
         )
         return answer
 
@@ -181,7 +184,7 @@ class LiveSession:
         self.core.interrupt(execution)
         return self.wait_for_end(execution, 0.0)
 
-    def finish_call(self, call_id: str, answer: ToolResult, blobs: Sequence[Blob], size: int) -> ToolCall:
+    def finish_call(self, call_id: str, answer: ToolResult, blobs: Blobs, size: int) -> ToolCall:
         """Store the host's answer to a claim; generated code has it before the host is told so."""
         call = self.core.tool_calls.finish(call_id, answer, blobs, size=size)
         self._room.answer_now(call_id)
@@ -207,7 +210,7 @@ class LiveSession:
         return self.wait_for_call(self.core.submit(request, blobs, size), request.wait_s)
 
     def call_tool_later(
-        self, request: ToolCallRequest, blobs: Sequence[Blob], size: int, deliver: Deliver[StatusWithBlobs]
+        self, request: ToolCallRequest, blobs: Blobs, size: int, deliver: Deliver[StatusWithBlobs]
     ) -> Waiter | None:
         """Queue a tool call of generated code, and deliver its outcome."""
         return self.wait_for_call_later(self.core.submit(request, blobs, size), request.wait_s, deliver)
@@ -215,7 +218,7 @@ class LiveSession:
     def wait_for_call(self, call: ToolCall, wait_s: float) -> StatusWithBlobs:
         """Wait for the outcome of a tool call."""
         answer: StatusWithBlobs = in_greenlet(
-            self._room, lambda deliver: self.wait_for_call_later(call, wait_s, deliver)
+            self._room, lambda deliver: self.wait_for_call_later(call, wait_s, _as_bytes(deliver))
         )
         return answer
 
@@ -279,6 +282,7 @@ class LiveSession:
         self.core.close()
         self._room.close()
         self._alarm.close()
+        self.core.files.close()
 
     def _progress_later(
         self,
@@ -295,30 +299,32 @@ class LiveSession:
         epoch = core.epoch  # the caller's, checked a moment ago
 
         def look(time_is_up: bool) -> bool:
-            ended = core.lost is not None if execution is None else execution.result is not None
-            # Where more answers can follow, the limit is for calls held at once, not for one answer.
-            room = wanted.limit - queue.held if stream else wanted.limit
-            claimable = room > 0 and queue.claimable > 0
-            if not (ended or time_is_up or claimable or core.epoch != epoch):
-                return False
-            if on_lane and execution is not None and execution.told:
-                deliver(None)
-                return True
-            try:
-                if execution is None and core.lost is not None:  # an execution tells it in its result
-                    raise SessionLost(core.lost)
-                if wanted.limit:
-                    core.check_epoch(epoch)
-            except BrokerError as error:
-                deliver(error)
-                return True
-            taken: list[ToolCall] = []
-            if claimable and still_there():
-                taken = queue.claim(limit=room, lease_s=wanted.lease_s, start=wanted.start)
-                self._alarm.check()
-            more = stream and bool(taken) and not (ended or time_is_up)
-            deliver(_pack(execution, taken, wanted.lease_s, lost, more=more))
-            return not more
+            while True:
+                ended = core.lost is not None if execution is None else execution.result is not None
+                # Where more answers can follow, the limit is for calls held at once, not for one answer.
+                room = wanted.limit - queue.held if stream else wanted.limit
+                claimable = room > 0 and queue.claimable > 0
+                if not (ended or time_is_up or claimable or core.epoch != epoch):
+                    return False
+                if on_lane and execution is not None and execution.told:
+                    deliver(None)
+                    return True
+                try:
+                    if execution is None and core.lost is not None:  # an execution tells it in its result
+                        raise SessionLost(core.lost)
+                    if wanted.limit:
+                        core.check_epoch(epoch)
+                except BrokerError as error:
+                    deliver(error)
+                    return True
+                taken: list[ToolCall] = []
+                if claimable and still_there():
+                    taken = queue.claim(limit=room, lease_s=wanted.lease_s, start=wanted.start)
+                    self._alarm.check()
+                more = stream and bool(taken) and not (ended or time_is_up)
+                deliver(_pack(execution, taken, wanted.lease_s, lost, more=more))
+                if not (more and queue.stopped_at_file):  # else there may be calls behind it
+                    return not more
 
         waiter = self._room.wait(_NEWS, look, min(wanted.wait_s, limits.MAX_WAIT_S))
         if wanted.renew:
@@ -336,6 +342,15 @@ class LiveSession:
         self._alarm.check()
 
 
+def _as_bytes(deliver: Deliver[Any]) -> Deliver[Any]:
+    """Return what takes an answer for HTTP: by the time that a greenlet sends it, its file may be closed."""
+
+    def with_views(answer: Any) -> None:
+        deliver(answer if isinstance(answer, BrokerError) else (answer[0], as_views(answer[1])))
+
+    return with_views
+
+
 def _started(call: ToolCall) -> StartedCall:
     return StartedCall(
         call_id=call.call_id,
@@ -351,11 +366,15 @@ def _pack(
     execution: Execution | None, taken: Sequence[ToolCall], lease_s: float, lost: tuple[str, ...], *, more: bool
 ) -> WithBlobs:
     """Return the reply; the result's blobs come first, each claim's after them in order."""
-    blobs: list[Blob] = [] if execution is None else list(execution.blobs)
+    blobs: Blobs = () if execution is None else execution.blobs
+    own: list[Blob] = []
     claims = []
     for call in taken:
-        first = len(blobs)
-        blobs.extend(call.blobs)
+        first = len(blobs) + len(own)
+        if type(call.blobs) is BlobFile:
+            blobs = call.blobs  # alone: see ToolCallQueue.claim
+        else:
+            own += call.blobs
         claims.append(
             Claim(
                 call_id=call.call_id,
@@ -365,10 +384,12 @@ def _pack(
                 kwargs=call.request.kwargs,
                 execution_id=call.request.execution_id,
                 lease_s=lease_s,
-                blob_range=(first, len(blobs)),
+                blob_range=(first, len(blobs) + len(own)),
                 key=call.key,
             )
         )
+    if own:
+        blobs = [*as_views(blobs), *own]
     if execution is None:
         return Progress(execution_id=None, running=False, claims=tuple(claims), lost=lost, more=more), blobs
     return (

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
 from broker.executions import Execution, ExecutionStore, explain
+from broker.held_files import HeldFiles
 from broker.idleness import Idleness
 from broker.output import Output
 from broker.protocol import limits, reading
-from broker.protocol.blob_file import Blobs
-from broker.protocol.frames import Blob
+from broker.protocol.blob_file import BlobFile, Blobs
 from broker.protocol.messages import (
     CallState,
     ErrorInfo,
@@ -86,7 +86,7 @@ class _Report:
     value: Any
     display: str | None
     error: ErrorInfo | None
-    blobs: Sequence[Blob]
+    blobs: Blobs
     keeps_pipe: bool
     told: bool
 
@@ -140,10 +140,13 @@ class Session:
         self.epoch = 1
         self.lost: str | None = None
         self.created_at = clock()
-        self.executions = ExecutionStore()
+        self.files = HeldFiles()
+        self.executions = ExecutionStore(self.files)
         self.tool_names: frozenset[str] = frozenset()
         self._idempotent: frozenset[str] = frozenset()
-        self.tool_calls = ToolCallQueue(clock=clock, on_queued=self._call_queued, on_ended=self._call_ended)
+        self.tool_calls = ToolCallQueue(
+            clock=clock, on_queued=self._call_queued, on_ended=self._call_ended, files=self.files
+        )
         self._worker, self._clock = worker, clock
         self._on_news, self._on_call_ended, self._on_deadline = on_news, on_call_ended, on_deadline
         self._catch_up = catch_up
@@ -256,7 +259,7 @@ class Session:
             raise UnknownExecution(f"no execution {execution_id!r} in this session")
         return execution
 
-    def submit(self, request: ToolCallRequest, blobs: Sequence[Blob], size: int) -> ToolCall:
+    def submit(self, request: ToolCallRequest, blobs: Blobs, size: int) -> ToolCall:
         """Queue a tool call of generated code.
 
         Raises:
@@ -286,7 +289,7 @@ class Session:
 
     # What the worker and the supervisor tell.
 
-    def frame_received(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+    def frame_received(self, header: JsonObject, blobs: Blobs) -> None:
         """Take a frame off the worker's channel."""
         if not self._awaited(header):
             self._catch_up()
@@ -300,6 +303,8 @@ class Session:
         except reading.BadRequest:
             self.protocol_broken()
             return
+        if type(blobs) is BlobFile:
+            report.blobs = self.files.keep(blobs)
         if self._interrupts_on_their_way:
             self._held_back = report
         else:
@@ -428,6 +433,7 @@ class Session:
             self._end(execution, report.outcome, report.error, report)
         else:
             # Its value does not count any more, but both sides must go on with the same pipe.
+            self.files.let_go(report.blobs)
             stopped = dataclasses.replace(report, value=None, display=None, blobs=())
             self._end(execution, cause, explain(cause, execution, report.error), stopped)
 
@@ -435,6 +441,8 @@ class Session:
         if self.lost is not None:
             return
         self.lost = reason
+        if self._held_back is not None:
+            self.files.let_go(self._held_back.blobs)
         self._channel_closed_at = self._held_back = None
         if self._running is not None:
             outcome = self._running.cause or Outcome.WORKER_DIED
@@ -489,7 +497,7 @@ class Session:
             self._on_deadline()
 
 
-def _read_report(header: JsonObject, blobs: Sequence[Blob]) -> _Report:
+def _read_report(header: JsonObject, blobs: Blobs) -> _Report:
     result = ExecutionResult.reported(header)
     keeps_pipe, told = header.get("pipe") == "kept", header.get("lane") is True
     return _Report(result.outcome, result.value, result.display, result.error, blobs, keeps_pipe, told)

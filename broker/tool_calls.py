@@ -10,12 +10,13 @@ import itertools
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from broker.errors import CallGone, LeaseExpired, TooManyCalls, UnknownCall
+from broker.held_files import HeldFiles
 from broker.protocol import limits
-from broker.protocol.frames import Blob
+from broker.protocol.blob_file import BlobFile, Blobs
 from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult, Verdict
 
 Clock = Callable[[], float]
@@ -88,7 +89,7 @@ class ToolCall:
 
     call_id: str
     request: ToolCallRequest
-    blobs: Sequence[Blob]
+    blobs: Blobs
     size: int
     state: CallState = CallState.QUEUED
     attempt: int = 0
@@ -96,7 +97,7 @@ class ToolCall:
     lease_until: float | None = None
     value: Any = None
     error: ErrorInfo | None = None
-    value_blobs: Sequence[Blob] = ()
+    value_blobs: Blobs = ()
     idempotent: bool = False
     orphaned: bool = False
 
@@ -122,6 +123,10 @@ class ToolCallQueue:
         max_open_bytes: Bytes of arguments held for open calls.
         grace_s: How long a started call without a holder is kept for an answer or for a new holder, in seconds;
             None for ``limits.ATTACH_GRACE_S``.
+        files: What the session holds in files; None for files of the queue's own.
+
+    Attributes:
+        stopped_at_file: Whether the last claim handed out fewer calls than it might have, for the sake of a file.
     """
 
     def __init__(
@@ -133,8 +138,11 @@ class ToolCallQueue:
         max_open: int = limits.MAX_PENDING_TOOL_CALLS,
         max_open_bytes: int = limits.MAX_TOOL_CALL_BYTES,
         grace_s: float | None = None,
+        files: HeldFiles | None = None,
     ) -> None:
         self._clock = clock
+        self._files = HeldFiles() if files is None else files
+        self.stopped_at_file = False
         self._on_queued, self._on_ended = on_queued, on_ended
         self._max_open, self._max_open_bytes = max_open, max_open_bytes
         self._grace_s = grace_s
@@ -180,7 +188,7 @@ class ToolCallQueue:
         return self._open.get(call_id) or self._unread.get(call_id) or self._read.get(call_id)
 
     def submit(
-        self, request: ToolCallRequest, blobs: Sequence[Blob] = (), *, size: int = 0, idempotent: bool = False
+        self, request: ToolCallRequest, blobs: Blobs = (), *, size: int = 0, idempotent: bool = False
     ) -> ToolCall:
         """Queue a call; the same ``key`` again gives the same call.
 
@@ -200,6 +208,8 @@ class ToolCallQueue:
             raise TooManyCalls(f"{self._max_open} tool calls are waiting already")
         if self._open and self._open_bytes + size > self._max_open_bytes:
             raise TooManyCalls(f"more than {self._max_open_bytes} bytes of tool arguments are waiting")
+        if type(blobs) is BlobFile:
+            blobs = self._files.keep(blobs)
         call = ToolCall(f"{self._prefix}{next(self._numbers):x}", request, blobs, size, idempotent=idempotent)
         self._open[call.call_id] = call
         self._queued[call.call_id] = call
@@ -209,7 +219,7 @@ class ToolCallQueue:
         return call
 
     def claim(self, *, limit: int, lease_s: float, start: bool = False) -> list[ToolCall]:
-        """Hand out queued calls, oldest first.
+        """Hand out queued calls, oldest first. One whose arguments are in a file comes alone: a frame has one file.
 
         Args:
             limit: At most so many.
@@ -218,8 +228,13 @@ class ToolCallQueue:
         """
         self.expire_leases()
         claimed: list[ToolCall] = []
-        while self._queued and len(claimed) < limit:
+        self.stopped_at_file = False
+        while self._queued and not self.stopped_at_file and len(claimed) < limit:
             call = next(iter(self._queued.values()))
+            if type(call.blobs) is BlobFile:
+                self.stopped_at_file = True
+                if claimed:
+                    break
             self._move(call, CallState.LEASED)
             call.attempt += 1
             self._lease(call, lease_s)
@@ -282,7 +297,7 @@ class ToolCallQueue:
         self._move(call, CallState(verdict.value))
         return call
 
-    def finish(self, call_id: str, answer: ToolResult, blobs: Sequence[Blob] = (), *, size: int = 0) -> ToolCall:
+    def finish(self, call_id: str, answer: ToolResult, blobs: Blobs = (), *, size: int = 0) -> ToolCall:
         """Store the holder's answer. The same attempt again gets the stored outcome and changes nothing.
 
         Args:
@@ -300,6 +315,8 @@ class ToolCallQueue:
         if call.ended:
             return call
         if answer.error is None:
+            if type(blobs) is BlobFile:
+                blobs = self._files.keep(blobs)
             call.value, call.value_blobs = answer.value, blobs
         else:
             call.error = answer.error
@@ -317,6 +334,8 @@ class ToolCallQueue:
             _, forgotten = self._read.popitem(last=False)
             self._read_bytes -= forgotten.result_size
             self._by_key.pop((forgotten.request.execution_id, forgotten.request.key), None)
+            if forgotten.value_blobs:
+                self._files.let_go(forgotten.value_blobs)
 
     def close(self, state: CallState) -> None:
         """End every open call as cancelled or expired: its execution is over, and nobody reads outcomes any more."""
@@ -386,7 +405,9 @@ class ToolCallQueue:
 
     def _retire(self, call: ToolCall) -> None:
         call.lease_until = None
-        call.blobs = ()
+        if call.blobs:
+            self._files.let_go(call.blobs)
+            call.blobs = ()
         call.error = call.error or _WITHOUT_ANSWER.get(call.state)
         del self._open[call.call_id]
         self._open_bytes -= call.size

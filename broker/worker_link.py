@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,6 @@ from broker.channel import Channel
 from broker.errors import SessionStartFailed
 from broker.output import Output, OutputPipes
 from broker.protocol.blob_file import Blobs
-from broker.protocol.frames import Blob
 from broker.session import Session
 from broker.spawner import WorkerSpawner
 from broker.waiting import Bell
@@ -163,7 +162,7 @@ class WorkerLink:
         if self._failure is not None:
             raise SessionStartFailed(f"the worker ended while it started: {self._failure}")
 
-    def _frame(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+    def _frame(self, header: JsonObject, blobs: Blobs) -> None:
         if self._session is not None:
             self._session.frame_received(header, blobs)
         elif header.get("type") == "ready":

@@ -11,12 +11,17 @@ class _Anchor:
     """Something to tie a finalizer to that lives as long as the process."""
 
 
-def at_exit(run: Callable[[], None]) -> None:
-    """Run something when this process exits; children of ``multiprocessing`` skip ``atexit``."""
+def at_exit(run: Callable[[], None]) -> Callable[[], None]:
+    """Run something when this process exits; children of ``multiprocessing`` skip ``atexit``.
+
+    Returns:
+        What takes that back, so that nothing is held for it any more. Idempotent.
+    """
     util = sys.modules.get("multiprocessing.util")
     process = sys.modules.get("multiprocessing.process")
     if util is not None and process is not None and process.parent_process() is not None:
-        util.Finalize(None, run, exitpriority=0)
-    else:
-        # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
-        weakref.finalize(_Anchor, run)
+        cancel: Callable[[], None] = util.Finalize(None, run, exitpriority=0).cancel
+        return cancel
+    # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
+    finalizer = weakref.finalize(_Anchor, run)
+    return lambda: finalizer.detach() and None

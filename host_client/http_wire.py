@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from broker.protocol.frames import Blob, FrameAssembler
+from broker.protocol.blob_file import ANCILLARY_BYTES, BlobFile, close_all, descriptors, rights
+from broker.protocol.frames import FILES_UPGRADE, Blob, FrameAssembler, blob_lengths
 
 #: Our broker's heads have some 150 bytes.
 _MAX_HEAD_BYTES = 16 << 10
@@ -21,6 +22,7 @@ _RECEIVE_BYTES = 64 << 10
 _JOIN_BYTES = 64 << 10
 #: What one call of sendmsg is given at most, so that the deadline is looked at now and then.
 _SEND_BYTES = 4 << 20
+_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _END_OF_HEAD = b"\r\n\r\n"
 _SWITCHING_PROTOCOLS = 101
 _TIMEVAL = struct.Struct("@ll")
@@ -44,6 +46,10 @@ class ConnectionEnded(ConnectionError):
         self.clean = clean
 
 
+class FileLost(BadReply):
+    """A reply's blobs are in a file whose descriptor did not get here: descriptors are short, or lost on the way."""
+
+
 class Exchange:
     """Sends requests and reads their replies, one after the other.
 
@@ -58,6 +64,8 @@ class Exchange:
         self._armed_s = 0.0
         self._deadline = 0.0
         self._frames = FrameAssembler()
+        self._takes_files = False
+        self._fds: list[int] = []
 
     def begin(self, timeout_s: float) -> None:
         """Begin an exchange that may take so long.
@@ -72,6 +80,7 @@ class Exchange:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+        self._drop_descriptors()
 
     def send(self, method: str, path: str, content_type: str, body: Sequence[Blob]) -> None:
         """Send a request; large bodies are not copied.
@@ -114,7 +123,10 @@ class Exchange:
         self._send_pieces([request.encode("ascii")])
         head, rest = self._head()
         status, _ = _parse_head(head)
-        return status == _SWITCHING_PROTOCOLS and not rest
+        agreed = status == _SWITCHING_PROTOCOLS and not rest
+        if agreed and protocol == FILES_UPGRADE:
+            self._frames, self._takes_files = FrameAssembler(files=True), True
+        return agreed
 
     def send_frame(self, pieces: Sequence[Blob], fd: int | None = None) -> None:
         """Send a frame; large blobs are not copied.
@@ -128,7 +140,7 @@ class Exchange:
         """
         if fd is not None:
             try:
-                sent = socket.send_fds(self._connection, [pieces[0]], [fd])
+                sent = self._connection.sendmsg([pieces[0]], rights([fd]))
             except BlockingIOError:
                 raise TimeoutError("the request was not taken in time") from None
             pieces = [memoryview(pieces[0])[sent:], *pieces[1:]]
@@ -139,6 +151,7 @@ class Exchange:
 
         Raises:
             FrameError: Not a frame, or one of more than ``max_bytes``.
+            FileLost: Its blobs are in a file whose descriptor did not get here.
             ConnectionEnded: The other side closed it.
             OSError: The connection broke, or ``TimeoutError``.
         """
@@ -149,6 +162,10 @@ class Exchange:
             if not received:
                 raise ConnectionEnded(clean=not assembler.started)
             assembler.add(received)
+        if assembler.in_file:
+            return frame[0], self._mapped(frame[0], max_bytes)
+        if self._fds and not assembler.started:  # else it may be that of the next frame
+            self._drop_descriptors()
         return frame
 
     def receive_descriptor(self) -> tuple[dict[str, Any], int | None]:
@@ -191,6 +208,23 @@ class Exchange:
         if self._frames.started:
             raise BadReply("bytes after the reply")
 
+    def _mapped(self, header: dict[str, Any], max_bytes: int) -> list[memoryview]:
+        """Return the blobs of a file; generated code may have made it."""
+        lengths = list(blob_lengths(header, max_bytes=max_bytes))
+        # One read may have brought the beginning of the next frame, with the descriptor of that.
+        fds, self._fds = self._fds[:1], self._fds[1:]
+        if not fds:
+            raise FileLost("the descriptor of a reply got lost")
+        file = BlobFile.received(fds, lengths)
+        try:
+            return file.views()
+        finally:
+            file.close()
+
+    def _drop_descriptors(self) -> None:
+        close_all(self._fds)
+        self._fds = []
+
     def _arm(self, left_s: float) -> None:
         if left_s <= 0:
             raise TimeoutError("no answer in time")
@@ -201,7 +235,12 @@ class Exchange:
 
     def _receive(self, size: int) -> bytes:
         try:
-            received = self._connection.recv(size)
+            if self._takes_files:
+                received, ancillary, _, _ = self._connection.recvmsg(size, ANCILLARY_BYTES, _CLOEXEC)
+                if ancillary:
+                    self._fds += descriptors(ancillary)
+            else:
+                received = self._connection.recv(size)
         except BlockingIOError:
             raise TimeoutError("no answer in time") from None
         if self._deadline - time.monotonic() < self._armed_s - _ARMED_ANEW_S:

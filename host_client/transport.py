@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import socket
 import threading
@@ -15,17 +14,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from broker.protocol import fast_json, frames, limits
 from broker.protocol.blob_file import AVAILABLE as BLOB_FILES
-from broker.protocol.blob_file import WORTH_BYTES as FILE_WORTH_BYTES
 from broker.protocol.blob_file import BlobFile, as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.reading import BadRequest, Reader
 from host_client import unix_socket
 from host_client.errors import BrokerUnreachable, MalformedReply
-from host_client.http_wire import BadReply, ConnectionEnded, Exchange
+from host_client.http_wire import BadReply, ConnectionEnded, Exchange, FileLost
 from host_client.lane import Lane
 from host_client.together import SMALL_BYTES, Together
-
-log = logging.getLogger(__name__)
 
 #: One for the thread that waits, and some for the threads that run tools.
 _MAX_IDLE_CONNECTIONS = 8
@@ -164,9 +160,8 @@ class SocketTransport:
         on_more: Callable[[Reply], None] = lambda reply: None,
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
-        spoken, file = self._spoken(framed, blobs), None
-        if spoken == frames.FILES_UPGRADE and (file := _file_of(blobs)) is None:
-            spoken = frames.FRAMED_UPGRADE
+        spoken = self._spoken() if framed else ""
+        file = BlobFile.worth(blobs) if blobs and spoken == frames.FILES_UPGRADE else None
         try:
             if together and spoken and not blobs:
                 message = b"".join(frames.dump_frame({"request": f"{method} {path}", "body": header or {}}))
@@ -178,7 +173,10 @@ class SocketTransport:
                 talk = partial(_in_frames, f"{method} {path}", header or {}, sent, max_reply_bytes, on_more)
             else:
                 talk = partial(_over_http, method, path, _body(header, as_bytes(blobs)), max_reply_bytes)
-            reply = self._talk(spoken, talk, timeout_s)
+            try:
+                reply = self._talk(spoken, talk, timeout_s)
+            except FileLost:
+                reply = None  # asking again gives the same answer: what was done is stored
             if reply is not None and not (file is not None and reply.status == _FILE_MISSING):
                 return reply
             self._refused.add(spoken)  # a broker that does not speak that, or a way on which descriptors get lost
@@ -214,9 +212,8 @@ class SocketTransport:
             if lane is not None:
                 connection = None
             return lane
-        except (OSError, BadReply, frames.FrameError, BrokerUnreachable) as error:
-            log.debug("no lane: %s", error)  # whatever it is, the ordinary way shows it
-            return None
+        except (OSError, BadReply, frames.FrameError, BrokerUnreachable):
+            return None  # whatever it is, the ordinary way shows it
         finally:
             if connection is not None:
                 connection.close()
@@ -230,12 +227,11 @@ class SocketTransport:
         if first:
             self._on_close()
 
-    def _spoken(self, framed: bool, blobs: Sequence[Blob | str]) -> str:
-        """Choose how a request travels."""
-        if not framed or frames.FRAMED_UPGRADE in self._refused:
-            return ""
-        large = bool(blobs) and sum(map(len, blobs)) >= FILE_WORTH_BYTES
-        return frames.FILES_UPGRADE if large and frames.FILES_UPGRADE not in self._refused else frames.FRAMED_UPGRADE
+    def _spoken(self) -> str:
+        """Choose how a request travels that the broker serves in frames: the best that it has not refused."""
+        if frames.FILES_UPGRADE not in self._refused:
+            return frames.FILES_UPGRADE
+        return "" if frames.FRAMED_UPGRADE in self._refused else frames.FRAMED_UPGRADE
 
     def _exchange_all(self, messages: Sequence[bytes], timeout_s: float) -> list[Reply] | None:
         """Send small framed requests at once; return their replies in order, None where the broker speaks no frames."""
@@ -301,15 +297,6 @@ class UnixSocketTransport(SocketTransport):
 
     def __init__(self, socket_path: Path) -> None:
         super().__init__(lambda timeout_s: unix_socket.connect(socket_path, timeout_s=timeout_s))
-
-
-def _file_of(blobs: Sequence[Blob | str]) -> BlobFile | None:
-    """Return the blobs in a file, or None where none can be had now: the bytes themselves get through all the same."""
-    try:
-        return BlobFile.of(blobs)
-    except OSError as error:
-        log.debug("no memory file for %d blobs: %s", len(blobs), error)
-        return None
 
 
 def _close_all(connections: Mapping[str, Sequence[Exchange]]) -> None:

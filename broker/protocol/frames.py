@@ -23,8 +23,9 @@ FRAME_CONTENT_TYPE = "application/vnd.rlm-sandbox.frame"
 
 #: Name of the framed form of a plane in HTTP's Upgrade header.
 FRAMED_UPGRADE = "rlm-sandbox.frames"
-#: The same where blobs may also come in a memory file (``blob_file``), whose descriptor is attached to the frame.
-FILES_UPGRADE = "rlm-sandbox.frames+files"
+#: The same where the blobs of requests and replies may also come in a memory file (``blob_file``), whose descriptor is
+#: attached to the frame. In the version before, which had no number, only those of executions could.
+FILES_UPGRADE = "rlm-sandbox.frames+files/2"
 JSON_CONTENT_TYPE = "application/json"
 
 Blob = bytes | bytearray | memoryview
@@ -166,9 +167,10 @@ class FrameAssembler:
     Attributes:
         max_bytes: May be changed between frames.
         size: Bytes of the frame that ``next`` returned last.
+        in_file: Whether that frame's blobs are in a file.
     """
 
-    __slots__ = ("_data", "_files", "_frame_end", "_header", "_header_end", "_lengths", "max_bytes", "size")
+    __slots__ = ("_data", "_files", "_frame_end", "_header", "_header_end", "_lengths", "in_file", "max_bytes", "size")
 
     def __init__(self, max_bytes: int = limits.MAX_FRAME_BYTES, *, files: bool = False) -> None:
         self.max_bytes, self._files = max_bytes, files
@@ -178,6 +180,7 @@ class FrameAssembler:
         self._lengths: list[int] = []
         self._header_end = self._frame_end = 0
         self.size = 0
+        self.in_file = False
 
     @property
     def started(self) -> bool:
@@ -237,9 +240,10 @@ class FrameAssembler:
         if len(data) < end:
             return False
         header = parse_json_object(data[4:end])
-        self._lengths = list(blob_lengths(header, max_bytes=self.max_bytes)) if "blobs" in header else []
-        if self._files and header.get("file") is True:
-            self._lengths = []
+        self.in_file = self._files and "file" in header and header["file"] is True
+        self._lengths = []
+        if "blobs" in header and not self.in_file:  # those of a file have a limit of their own
+            self._lengths = list(blob_lengths(header, max_bytes=self.max_bytes))
         self._header_end = end
         self._frame_end = end + sum(self._lengths)
         self._header = header

@@ -15,6 +15,10 @@ MAX_TOOL_CALL_BYTES = 256 << 20
 #: by HTTP, where room for each body is reserved before it is read.
 MAX_GUEST_FRAME_BYTES = 32 << 10
 
+#: Memory files whose descriptors the broker holds for one session, in calls and in stored replies; of the older ones it
+#: holds the bytes. So generated code cannot use up the broker's descriptors, of which other sessions live too.
+MAX_SESSION_FILES = 64
+
 #: Strings and bytes from here on travel as raw blobs: JSON would escape and copy them.
 BLOB_THRESHOLD_BYTES = 4 << 10
 

@@ -69,6 +69,13 @@ class FakeExecution:
         with contextlib.suppress(OSError):
             self._worker.channel.sendall(data)
 
+    def send_descriptors(self, data: bytes, fds: Sequence[int], *, pieces: int = 1) -> None:
+        """Write bytes to the channel with descriptors; in several pieces, with all of them each time."""
+        size = max(1, len(data) // pieces)
+        for start in range(0, len(data), size):
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._worker.channel, [data[start : start + size]], fds)
+
     def send_result(self, result: ExecutionResult, blobs: Sequence[Blob] = (), **changed: Any) -> None:
         """Send a result frame; ``changed`` replaces fields of its header."""
         header = {"type": "result", "execution_id": self.header["execution_id"], **result.to_json(), **changed}

@@ -6,19 +6,17 @@ execution's output, and the file with its blobs.
 
 from __future__ import annotations
 
-import array
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol import frames, limits
-from broker.protocol.blob_file import BlobFile
+from broker.protocol.blob_file import BlobFile, as_bytes, descriptors, rights
 from broker.protocol.frames import Blob
 
 # One read fetches a whole ordinary frame.
 _READ_BYTES = 64 << 10
-_FD_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _FD_BYTES)
+_ANCILLARY_BYTES = socket.CMSG_SPACE(8)  # two descriptors
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 # Pieces up to this are joined into one write; larger ones are not worth the copy.
 _JOIN_BYTES = 64 << 10
@@ -73,27 +71,47 @@ class Channel:
         self._sock.shutdown(socket.SHUT_RDWR)
         return False
 
-    def send(self, header: dict[str, Any], blobs: Sequence[Blob] = ()) -> None:
-        """Send one frame.
+    def send(self, header: dict[str, Any], blobs: Sequence[Blob | str] = ()) -> None:
+        """Send one frame, large blobs in a file where one can be had.
+
+        Args:
+            header: JSON object.
+            blobs: What it refers to; ASCII texts as they are.
 
         Raises:
             FrameTooLarge: Larger than the broker reads, or of too many parts; nothing was sent.
             OSError: The broker is gone.
         """
-        pieces = frames.dump_frame(header, blobs)
-        size = sum(map(len, pieces))
-        if size > limits.MAX_TOOL_CALL_BYTES or len(pieces[0]) > limits.MAX_HEADER_BYTES:
-            raise FrameTooLarge(f"a frame of {size:,} bytes")
-        if frames.containers(bytes(pieces[0])) > limits.MAX_JSON_CONTAINERS:
-            raise FrameTooLarge(f"a frame of more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts")
-        if len(pieces) > 1 and size <= _JOIN_BYTES:
-            pieces = [b"".join(pieces)]
-        for piece in pieces:
-            self._sock.sendall(piece)
+        if not blobs:
+            self._send(frames.dump_frame(header))
+            return
+        blobs_size = sum(map(len, blobs))
+        file = BlobFile.worth(blobs) if blobs_size <= limits.MAX_TOOL_CALL_BYTES else None
+        if file is None:
+            self._send(frames.dump_frame(header, as_bytes(blobs)))
+            return
+        try:
+            self._send(frames.dump_frame({**header, "file": True, "blobs": file.lengths}), file)
+        finally:
+            file.close()
 
     def close(self) -> None:
         """Close this end: a forked child must not keep the channel open."""
         self._sock.close()
+
+    def _send(self, pieces: Sequence[Blob], file: BlobFile | None = None) -> None:
+        size = sum(map(len, pieces)) + (0 if file is None else file.size)
+        if size > limits.MAX_TOOL_CALL_BYTES or len(pieces[0]) > limits.MAX_HEADER_BYTES:
+            raise FrameTooLarge(f"a frame of {size:,} bytes")
+        if frames.containers(bytes(pieces[0])) > limits.MAX_JSON_CONTAINERS:
+            raise FrameTooLarge(f"a frame of more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts")
+        if file is not None:
+            sent = self._sock.sendmsg(pieces, rights([file.fd]))
+            pieces = [memoryview(pieces[0])[sent:]]
+        elif len(pieces) > 1 and size <= _JOIN_BYTES:
+            pieces = [b"".join(pieces)]
+        for piece in pieces:
+            self._sock.sendall(piece)
 
     def _read_exactly(self, size: int) -> Blob:
         if len(self._buffer) >= size:
@@ -107,9 +125,8 @@ class Channel:
 
     def _read_some(self) -> bytes:
         data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self._fds.extend(array.array("i", payload[: len(payload) // _FD_BYTES * _FD_BYTES]))
+        if ancillary:
+            self._fds += descriptors(ancillary)
         if not data:
             raise EOFError("the broker closed the channel")
         return data

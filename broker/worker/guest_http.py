@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from broker.protocol import frames, limits
+from broker.protocol.blob_file import ANCILLARY_BYTES, AVAILABLE, BlobFile, as_bytes, close_all, descriptors, rights
 from broker.protocol.frames import Blob
 from broker.worker.errors import BrokerGone
 
@@ -24,14 +25,18 @@ _READ_BYTES = 64 << 10
 _JOIN_BYTES = 64 << 10
 # One for a kept connection that the broker had closed, one for bad luck.
 _ATTEMPTS = 3
-_UPGRADE = (
-    f"GET /v1/frames HTTP/1.1\r\nHost: guest\r\nConnection: Upgrade\r\nUpgrade: {frames.FRAMED_UPGRADE}\r\n\r\n"
-).encode("ascii")
+_UPGRADE = "GET /v1/frames HTTP/1.1\r\nHost: guest\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_FILE_MISSING = 424
 _ACCEPT = f"{frames.JSON_CONTENT_TYPE}, {frames.FRAME_CONTENT_TYPE}"
 
 
 class CallsCut(Exception):
     """The wait was cut off on purpose: the execution ends."""
+
+
+class FileLost(ConnectionError):
+    """A descriptor did not get through: from now on the bytes must."""
 
 
 class Reply(NamedTuple):
@@ -45,10 +50,10 @@ class Reply(NamedTuple):
 class _Connection:
     """One socket with the bytes read ahead."""
 
-    __slots__ = ("cut", "framed", "sock")
+    __slots__ = ("cut", "files", "framed", "sock")
 
     def __init__(self, path: str) -> None:
-        self.cut = self.framed = False
+        self.cut = self.framed = self.files = False
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _SILENCE_S, 0))
@@ -57,11 +62,12 @@ class _Connection:
             self.sock.close()
             raise
 
-    def upgrade(self) -> bool:
+    def upgrade(self, *, files: bool) -> bool:
         """Ask to speak frames; tell whether the broker agreed. Where it did not, the connection is of no more use."""
-        self.sock.sendall(_UPGRADE)
+        self.sock.sendall((_UPGRADE % (frames.FILES_UPGRADE if files else frames.FRAMED_UPGRADE)).encode("ascii"))
         head, rest = self._head()
         self.framed = head.startswith(b"HTTP/1.1 101 ") and not rest
+        self.files = files and self.framed
         return self.framed
 
     def exchange(self, message: Sequence[Blob]) -> tuple[Reply, bool]:
@@ -70,11 +76,28 @@ class _Connection:
             self.sock.sendall(piece)
         return (self._framed_reply(), True) if self.framed else self._http_reply()
 
+    def exchange_file(self, frame: Blob, file: BlobFile) -> Reply:
+        """Send a framed request whose blobs are in a file, and read the reply.
+
+        Raises:
+            FileLost: The broker got no descriptor.
+        """
+        sent = self.sock.sendmsg([frame], rights([file.fd]))
+        self.sock.sendall(memoryview(frame)[sent:])
+        reply = self._framed_reply()
+        if reply.status == _FILE_MISSING:
+            raise FileLost("the broker got no descriptor")
+        return reply
+
     def _framed_reply(self) -> Reply:
-        assembler = frames.FrameAssembler()
+        assembler = frames.FrameAssembler(files=self.files)
+        fds: list[int] = []
         while (frame := assembler.next()) is None:
-            assembler.add(self._receive(max(_READ_BYTES, min(assembler.missing, 1 << 20))))
+            size = max(_READ_BYTES, min(assembler.missing, 1 << 20))
+            assembler.add(self._receive_with_files(size, fds) if self.files else self._receive(size))
         header, blobs = frame
+        if assembler.in_file:
+            blobs = _views(header, fds)
         status, body = header.get("status"), header.get("body")
         if type(status) is not int or not isinstance(body, dict):
             raise ConnectionError("the reply is not the guest plane's")
@@ -106,6 +129,15 @@ class _Connection:
             raise ConnectionError("the broker closed the connection")
         return data
 
+    def _receive_with_files(self, size: int, fds: list[int]) -> bytes:
+        data, ancillary, _, _ = self.sock.recvmsg(size, ANCILLARY_BYTES, _CLOEXEC)
+        if ancillary:
+            fds += descriptors(ancillary)
+        if not data:
+            close_all(fds)
+            raise ConnectionError("the broker closed the connection")
+        return data
+
     def _rest(self, start: Blob, length: int) -> bytearray:
         body = bytearray(length)
         body[: len(start)] = start
@@ -131,12 +163,13 @@ class GuestPlane:
         self._idle: list[_Connection] = []
         self._framed: list[_Connection] = []  # idle ones that speak frames
         self._speaks_frames = True
+        self._speaks_files = AVAILABLE
         self._busy: set[_Connection] = set()
         self._freed = threading.Condition()
         self._starving = 0
 
     def request(
-        self, method: str, target: str, body: dict[str, Any] | None = None, blobs: Sequence[Blob] = ()
+        self, method: str, target: str, body: dict[str, Any] | None = None, blobs: Sequence[Blob | str] = ()
     ) -> Reply:
         """Send a request, again on a new connection where one breaks (so it must be safe to repeat).
 
@@ -144,14 +177,17 @@ class GuestPlane:
             method: HTTP method.
             target: Path and query.
             body: JSON object, or None for no body.
-            blobs: What its values refer to.
+            blobs: What its values refer to; ASCII texts as they are.
 
         Raises:
             BrokerGone: Nothing listens there, connections break again and again, or a reply makes no sense.
             CallsCut: ``cut_waits`` was called meanwhile.
         """
+        if blobs and (reply := self._request_by_file(method, target, body, blobs)) is not None:
+            return reply
+        sent: Sequence[Blob] = as_bytes(blobs) if blobs else ()
         failure: Exception | None = None
-        framed = frames.dump_frame({"request": f"{method} {target}", "body": body or {}}, blobs)
+        framed = frames.dump_frame({"request": f"{method} {target}", "body": body or {}}, sent)
         fits = sum(map(len, framed)) <= limits.MAX_GUEST_FRAME_BYTES
         for _ in range(_ATTEMPTS):
             connection = self._take(fits)
@@ -159,12 +195,10 @@ class GuestPlane:
                 if connection.framed:
                     message: Sequence[Blob] = (b"".join(framed),)
                 else:
-                    message = _compose(method, target, body, blobs)
+                    message = _compose(method, target, body, sent)
                 reply, reusable = connection.exchange(message)
             except (OSError, frames.FrameError) as error:  # includes the silence time-out
-                self._drop(connection)
-                if connection.cut:
-                    raise CallsCut from None
+                self._failed(connection, error)
                 failure = error
                 continue
             except BaseException:
@@ -173,6 +207,53 @@ class GuestPlane:
             self._give_back(connection, reusable)
             return reply
         raise BrokerGone(f"the sandbox's broker does not answer: {failure}")
+
+    def _request_by_file(
+        self, method: str, target: str, body: dict[str, Any] | None, blobs: Sequence[Blob | str]
+    ) -> Reply | None:
+        """Send large blobs in a file; return None where they are small, or bytes must do."""
+        file = BlobFile.worth(blobs) if self._speaks_files else None
+        if file is None:
+            return None
+        try:
+            header = {"request": f"{method} {target}", "body": body or {}, "file": True, "blobs": file.lengths}
+            [frame] = frames.dump_frame(header)
+            return self._send_file(frame, file) if len(frame) <= limits.MAX_GUEST_FRAME_BYTES else None
+        finally:
+            file.close()
+
+    def _send_file(self, frame: Blob, file: BlobFile) -> Reply | None:
+        for _ in range(_ATTEMPTS):
+            connection = self._take(True)
+            if not connection.files:
+                self._give_back(connection, True)
+                return None
+            try:
+                reply = connection.exchange_file(frame, file)
+            except (OSError, frames.FrameError) as error:
+                self._failed(connection, error)
+                continue
+            except BaseException:
+                self._drop(connection)
+                raise
+            self._give_back(connection, True)
+            return reply
+        return None
+
+    def _failed(self, connection: _Connection, error: Exception) -> None:
+        """Part with a connection that broke.
+
+        Raises:
+            CallsCut: We broke it.
+        """
+        self._drop(connection)
+        if connection.cut:
+            raise CallsCut from None
+        if isinstance(error, FileLost):
+            self._speaks_files = False
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._framed.pop().sock.close()
 
     def cut_waits(self) -> None:
         """Wake every thread that waits for a reply; it gets ``CallsCut``."""
@@ -213,7 +294,7 @@ class GuestPlane:
                 return self._idle.pop()
         connection = self._connect()
         try:
-            if not framed or connection.framed or connection.upgrade():
+            if not framed or connection.framed or connection.upgrade(files=self._speaks_files):
                 return connection
         except OSError:
             pass  # found out by the request, which is repeated
@@ -221,6 +302,9 @@ class GuestPlane:
             connection.sock.close()
             raise
         connection.sock.close()
+        if self._speaks_files:
+            self._speaks_files = False
+            return self._begin(framed)
         self._speaks_frames = False
         return self._connect()
 
@@ -249,7 +333,8 @@ class GuestPlane:
     def _give_back(self, connection: _Connection, reusable: bool) -> None:
         self._busy.discard(connection)
         idle = self._framed if connection.framed else self._idle
-        if reusable and not connection.cut and (len(idle) < _MAX_IDLE_IN_BURST or self._starving):
+        stale = connection.files and not self._speaks_files
+        if reusable and not connection.cut and not stale and (len(idle) < _MAX_IDLE_IN_BURST or self._starving):
             idle.append(connection)
         else:
             connection.sock.close()
@@ -264,6 +349,16 @@ class GuestPlane:
         if self._starving:
             with self._freed:
                 self._freed.notify()
+
+
+def _views(header: dict[str, Any], fds: Sequence[int]) -> list[memoryview]:
+    if not fds:
+        raise FileLost("the descriptor of an answer got lost")
+    file = BlobFile.received(fds, list(frames.blob_lengths(header, max_bytes=limits.MAX_FRAME_BYTES)))
+    try:
+        return file.views()
+    finally:
+        file.close()
 
 
 def _compose(method: str, target: str, body: dict[str, Any] | None, blobs: Sequence[Blob]) -> list[Blob]:

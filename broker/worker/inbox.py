@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from broker.protocol import frames
+from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.worker.channel import Channel
 
@@ -76,11 +77,11 @@ class Inbox:
             elif message.fd is not None:
                 os.close(message.fd)
 
-    def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob]) -> bytes | None:
+    def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob | str]) -> bytes | None:
         """Return the frame that tells the host a result on the lane, or None where it is the broker's to bring."""
         if self._lane is None or sum(map(len, blobs)) > _MOST_REPLY_BYTES:
             return None
-        frame = b"".join(frames.dump_frame(header, blobs))
+        frame = b"".join(frames.dump_frame(header, as_bytes(blobs)))
         return frame if len(frame) <= _MOST_REPLY_BYTES else None
 
     def send_on_lane(self, frame: bytes) -> None:

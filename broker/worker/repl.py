@@ -170,7 +170,7 @@ def _ending_with(value: Any) -> Ending:
     shown = display(value)
     if not is_plain(value):
         return Ending(Outcome.OK, value=shown, display=shown)
-    encoder = Encoder(listify=True)
+    encoder = Encoder(listify=True, lazy=True)
     try:
         return Ending(Outcome.OK, value=encoder.encode(value, "value"), display=shown, blobs=encoder.blobs)
     except Exception:

@@ -109,7 +109,7 @@ class Submit:
         return f"SUBMIT{inspect.signature(self.function)}"
 
     def _encode(self, output: dict[str, Any]) -> Submission:
-        encoder = Encoder(listify=True)
+        encoder = Encoder(listify=True, lazy=True)
         try:
             value = {name: encoder.encode(item, f"SUBMIT() field {name!r}") for name, item in output.items()}
         except ValueNotSendable as error:

@@ -53,9 +53,9 @@ class ToolCalls:
         self.made = True
         if execution.interrupts or execution.submission is not None:
             raise RuntimeError(f"{tool}() was not called: this execution is being ended")
-        body, blobs = _request(execution.execution_id, tool, names, args, kwargs)
+        body, sent = _request(execution.execution_id, tool, names, args, kwargs)
         try:
-            status, blobs = self._status(self._plane.request("POST", "/v1/tool-calls", body, blobs))
+            status, blobs = self._status(self._plane.request("POST", "/v1/tool-calls", body, sent))
             while status.state in _PENDING:
                 target = f"/v1/tool-calls/{status.call_id}?wait_s={limits.MAX_WAIT_S:g}"
                 status, blobs = self._status(self._plane.request("GET", target))
@@ -88,8 +88,8 @@ class ToolCalls:
 
 def _request(
     execution_id: str, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Sequence[frames.Blob]]:
-    encoder = Encoder(listify=True)
+) -> tuple[dict[str, Any], Sequence[frames.Blob | str]]:
+    encoder = Encoder(listify=True, lazy=True)
     try:
         sent_args = [encoder.encode(value, _path(names, i)) for i, value in enumerate(args)]
         sent_kwargs = {name: encoder.encode(value, f"argument {name!r}") for name, value in kwargs.items()}

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from host_client.at_exit import at_exit
 from host_client.bubblewrap.launch import launch
 from host_client.bubblewrap.program import find_bwrap
 from host_client.bubblewrap.records import Records
@@ -22,6 +21,7 @@ from host_client.owner import Owner
 from host_client.providers.base import SandboxHandle
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name
+from host_client.providers.owned import Owned
 from host_client.reaper import in_use_by_its_broker
 from host_client.runtime_dir import RuntimeDir
 from host_client.settings import SandboxSettings
@@ -33,11 +33,10 @@ class _Process:
     """What one process holds. A forked child begins with an empty one: its parent's sandboxes are not its own."""
 
     def __init__(self) -> None:
-        # Guards the flags.
+        # Guards the flag.
         self.lock = threading.Lock()
         self.reaped = False
-        self.has_exit_hook = False
-        self.owned: dict[str, SandboxHandle] = {}
+        self.owned = Owned()
         # Our children: they must be waited for, or stay as zombies.
         self.keepers: dict[str, subprocess.Popen[bytes]] = {}
         # One for each sandbox that is being stopped: who stops it too returns no earlier than it is gone.
@@ -119,7 +118,7 @@ class BubblewrapProvider:
 
     def disown(self, handle: SandboxHandle) -> None:
         """Leave a sandbox alone at this process's exit; see ``SandboxProvider.disown``."""
-        self._process.owned.pop(handle.sandbox_id, None)
+        self._process.owned.drop(handle.sandbox_id)
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
         """Return why a sandbox no longer runs, or None while it runs; see ``SandboxProvider.why_dead``."""
@@ -142,7 +141,7 @@ class BubblewrapProvider:
                 keeper = process.keepers.pop(handle.sandbox_id, None)
                 if keeper is not None:
                     keeper.wait()
-                process.owned.pop(handle.sandbox_id, None)
+                process.owned.drop(handle.sandbox_id)
                 process.stopping.pop(handle.sandbox_id, None)
         except (SandboxError, OSError) as error:
             log.warning("the sandbox %s could not be removed, a later start will: %s", handle.name, error)
@@ -151,7 +150,7 @@ class BubblewrapProvider:
         """Stop every sandbox that this process started and owns; runs at exit by itself."""
         # First: of a session that was let go it may still have to be asked whether another client holds it.
         wait_for_endings()
-        for handle in list(self._process.owned.values()):
+        for handle in self._process.owned.handles():
             self.stop(handle)
 
     @property
@@ -163,12 +162,7 @@ class BubblewrapProvider:
         return any(handle.sandbox_id in held.owned for pid, held in self._processes.items() if pid != mine)
 
     def _own(self, handle: SandboxHandle) -> None:
-        process = self._process
-        process.owned[handle.sandbox_id] = handle
-        with process.lock:
-            first, process.has_exit_hook = not process.has_exit_hook, True
-        if first:
-            at_exit(self.stop_all_owned)
+        self._process.owned.add(handle, self.stop_all_owned)
 
     def _reap_once(self, runtime: RuntimeDir) -> None:
         process = self._process

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from host_client.at_exit import at_exit
 from host_client.endings import wait_for_endings
 from host_client.engine import connect_engine
 from host_client.errors import ForeignSession, ProviderError, SandboxError, UnknownSandbox
@@ -22,6 +21,7 @@ from host_client.providers.exec_tunnel import Lines, exec_transport
 from host_client.providers.exits import death_reason
 from host_client.providers.isolation import Isolation
 from host_client.providers.launch import check_name, find_named, handle_of, launch
+from host_client.providers.owned import Owned
 from host_client.providers.self_test import engine_limits, require
 from host_client.providers.transport_choice import TransportChoice, choose_transport
 from host_client.reaper import reap, remove_sandbox_directory
@@ -48,8 +48,7 @@ class _Process:
         self.users = 0
         self.reaped = False
         self.engine_is_fit = False
-        self.has_exit_hook = False
-        self.owned: dict[str, SandboxHandle] = {}
+        self.owned = Owned()
         # One for each sandbox that is being stopped: who stops it too returns no earlier than it is gone.
         self.stopping: dict[str, threading.Lock] = {}
 
@@ -175,7 +174,7 @@ class DockerProvider:
 
     def disown(self, handle: SandboxHandle) -> None:
         """Leave a sandbox alone at this process's exit; see ``SandboxProvider.disown``."""
-        self._process.owned.pop(handle.sandbox_id, None)
+        self._process.owned.drop(handle.sandbox_id)
         self._close_opened(handle)
 
     def why_dead(self, handle: SandboxHandle) -> str | None:
@@ -209,7 +208,7 @@ class DockerProvider:
                 self._close_opened(handle)
                 # Only when the container is gone: its uids and its directory must not be given to another.
                 remove_sandbox_directory(handle.socket_path.parent)
-                process.owned.pop(handle.sandbox_id, None)
+                process.owned.drop(handle.sandbox_id)
                 process.stopping.pop(handle.sandbox_id, None)
         except SandboxError as error:
             log.warning("the sandbox %s could not be removed, a later start will: %s", handle.name, error.message)
@@ -218,7 +217,7 @@ class DockerProvider:
         """Stop every sandbox that this process started and owns; runs at exit by itself."""
         # First: of a session that was let go it may still have to be asked whether another client holds it.
         wait_for_endings()
-        for handle in list(self._process.owned.values()):
+        for handle in self._process.owned.handles():
             self.stop(handle)
 
     @property
@@ -230,12 +229,7 @@ class DockerProvider:
         return any(handle.sandbox_id in held.owned for pid, held in self._processes.items() if pid != mine)
 
     def _own(self, handle: SandboxHandle) -> None:
-        process = self._process
-        process.owned[handle.sandbox_id] = handle
-        with process.lock:
-            first, process.has_exit_hook = not process.has_exit_hook, True
-        if first:
-            at_exit(self.stop_all_owned)
+        self._process.owned.add(handle, self.stop_all_owned)
 
     def _reap_once(self, engine: Engine, runtime: RuntimeDir) -> None:
         process = self._process

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,43 @@ def test_every_picture_is_a_png_of_a_readable_size(outcome: Outcome, tmp_path: P
         head = path.read_bytes()[:24]
         assert head.startswith(b"\x89PNG")
         assert struct.unpack(">I", head[16:20])[0] >= 1200
+
+
+def test_no_title_is_wider_than_its_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    canvases: list[Any] = []
+    original = plots._finish
+
+    def finish(canvas: Any, *arguments: Any, **keywords: Any) -> None:
+        original(canvas, *arguments, **keywords)
+        canvases.append(canvas)
+
+    monkeypatch.setattr(plots, "_finish", finish)
+    every = Outcome(
+        [Figure(row.key, "rlm-sandbox", row.unit, (0.001,), {"host": 0.001}) for row in ROWS],
+        [CurvePoint(line.key, "rlm-sandbox", x, {"wall_s": 0.001}) for line in LINES for x in line.points],
+    )
+    plots.write(every, ROWS, LINES, tmp_path)
+    panels = [panel for canvas in canvases for panel in canvas.axes if panel.get_title()]
+    assert len(panels) > len(ROWS)
+    for panel in panels:
+        title = panel.title.get_window_extent()
+        assert title.x0 >= 0, panel.get_title()
+        assert title.x1 <= panel.figure.bbox.x1, panel.get_title()
+
+
+def test_the_plots_can_be_drawn_from_the_figures_that_were_written(outcome: Outcome, tmp_path: Path) -> None:
+    report.write_json(outcome, {}, tmp_path / "benchmarks.json")
+    read = report.read_json(tmp_path / "benchmarks.json")
+    assert read.figures == outcome.figures
+    assert [dataclasses.astuple(point)[:3] for point in read.points] == [
+        dataclasses.astuple(point)[:3] for point in outcome.points
+    ]
+    assert [point.measures for point in read.points] == [
+        pytest.approx(point.measures, rel=1e-4) for point in outcome.points
+    ]
+    (tmp_path / "other.json").write_text('{"figures": [{}]}')
+    with pytest.raises(ValueError, match=r"other\.json holds no figures"):
+        report.read_json(tmp_path / "other.json")
 
 
 def test_a_flame_graph_shows_each_frame_with_its_share_and_escapes_its_name() -> None:

@@ -355,25 +355,3 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(box: InProcessBroker, s
     for fd in (file.fd, unsealed, reading, writing):
         os.close(fd)
     client.sock.close()
-
-
-def test_an_answer_in_a_file_is_refused(box: InProcessBroker) -> None:
-    client = FilesClient(box.host_socket)
-    file = BlobFile.of([b"x" * 100])
-    body = {"attempt": 1, "value": {"$blob": [0, "bytes"]}}
-    status, answer, _ = client.ask_with([file.fd], "POST /v1/tool-calls/c1/result", body, file.lengths)
-    assert (status, answer["error"]["code"]) == (400, "bad_request")
-    file.close()
-    client.sock.close()
-
-
-def test_generated_code_cannot_ask_for_files(box: InProcessBroker, session: str) -> None:
-    code = f"""
-import socket
-sock = socket.socket(socket.AF_UNIX)
-sock.connect({str(box.guest_socket)!r})
-sock.sendall(b"GET /v1/frames HTTP/1.1\\r\\nHost: x\\r\\nConnection: Upgrade\\r\\nUpgrade: {FILES_UPGRADE}\\r\\n\\r\\n")
-sock.recv(4096).split()[1]
-"""
-    path = f"/v1/sessions/{session}/executions?wait_s=20"
-    assert box.host.request("POST", path, execution(1, code))[1]["result"]["display"] == "b'426'"

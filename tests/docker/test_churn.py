@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak import Soak
 from host_client import SandboxInterpreter, SandboxSettings, wait_for_endings
 from host_client.errors import SessionLost
 from host_client.journal import SqliteJournal
 from host_client.providers.docker import DockerProvider
 from host_client.providers.docker_engine import DockerEngine
-from host_client.runtime_dir import RuntimeDir
+from host_client.runtime_dir import VARIABLE, RuntimeDir
 from tests.docker.sandboxes import engine, image, leaks, provider, runtime, settings
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
@@ -72,6 +73,18 @@ def test_two_hundred_sandboxes_leave_nothing_behind(
     assert list(temporary.iterdir()) == []
     assert leaks(engine, runtime) == []
     assert _traces(ids, runtime) == []
+
+
+def test_the_soak_sees_what_a_process_and_the_engine_hold(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        # The soak sets its own; this puts things back.
+        monkeypatch.setenv(VARIABLE, folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        first, last = Soak(Path(folder), at_once=2, pooled=False).readings(count=6, every=4)
+    assert (first.sandboxes, last.sandboxes) == (2, 6)
+    assert (last.descriptors, last.threads) == (first.descriptors, first.threads)
+    assert (last.containers, last.directories, last.children, last.temporary) == (0, 0, 0, 0)
+    assert last.journal_rows > first.journal_rows
 
 
 def _twice(number: int) -> int:

@@ -60,3 +60,15 @@ def test_what_does_not_fit_ends_the_session_with_the_reason(interpreter: Sandbox
     with pytest.raises(SessionLost) as lost:
         interpreter.execute("copy = text + 'y'", {"text": "x" * (200 * MIB)})
     assert lost.value.reason == "oom"
+
+
+def test_results_arguments_and_answers_pass_the_broker_by_without_costing_it_memory(image: str) -> None:
+    settings = SandboxSettings(image=image, memory="256m", tmpfs="16m", journal=":memory:", history=False)
+    tools = {"size": len, "make": lambda count: "m" * count}
+    with SandboxInterpreter(tools, settings=settings) as running:
+        # The value and its file: a third copy would not fit.
+        assert running.execute(f"'x' * {100 * MIB}") == "x" * (100 * MIB)
+        assert running.execute(f"size('y' * {90 * MIB})") == 90 * MIB
+        assert running.execute(f"len(make({90 * MIB}))") == 90 * MIB
+        assert sorted(peaks(running).values())[-2] < 60 * MIB
+        running.shutdown(wait=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +45,20 @@ def test_a_started_sandbox_answers_and_a_stopped_one_leaves_nothing(
     assert engine.containers == {}
     assert not engine.connected
     assert left_over(runtime) == []
+
+
+def test_a_provider_whose_sandboxes_are_gone_is_held_by_nothing(engine: FakeEngine, runtime: RuntimeDir) -> None:
+    made = make_provider(engine)
+    gone = weakref.ref(made)
+    handle = made.start(SETTINGS)
+    del made
+    gc.collect()
+    provider = gone()
+    assert provider is not None, "the exit of the process has a sandbox to stop"
+    provider.stop(handle)
+    del provider
+    gc.collect()
+    assert gone() is None
 
 
 def test_stopping_twice_or_from_many_threads_is_fine(

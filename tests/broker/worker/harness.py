@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.protocol import frames
+from broker.protocol.blob_file import BlobFile
 from broker.protocol.messages import ToolDefinition, ToolParameter
 from broker.protocol.values import Decoder, Encoder
 
@@ -114,6 +115,7 @@ class WorkerProcess:
     def __init__(self, guest_socket: str = "/nonexistent/guest.sock", **environment: str) -> None:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(PATIENCE_S)
+        self._files: list[int] = []
         self._buffer = b""
         self._count = 0
         self._interrupting = False
@@ -174,14 +176,21 @@ class WorkerProcess:
         def exactly(size: int) -> bytes:
             while len(self._buffer) < size:
                 self._await_channel(meanwhile, into)
-                data = self.sock.recv(1 << 20)
+                data, fds, _, _ = socket.recv_fds(self.sock, 1 << 20, 1)
                 if not data:
                     raise EOFError
                 self._buffer += data
+                self._files += fds
             piece, self._buffer = self._buffer[:size], self._buffer[size:]
             return piece
 
-        return frames.read_frame(exactly)
+        header, blobs = frames.read_frame(exactly)
+        if header.get("file") is not True:
+            return header, blobs
+        file = BlobFile.received([self._files.pop()], header["blobs"])
+        blobs = list(file.views())
+        file.close()
+        return header, blobs
 
     def _await_channel(self, meanwhile: int | None, into: Callable[[], bool] | None) -> None:
         watched: list[Any] = [self.sock] if meanwhile is None else [self.sock, meanwhile]
@@ -310,7 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/frames":
-            self._frames() if self.guest.speaks_frames else self._reply(404, {"error": {"message": "no frames"}}, [])
+            agreed = self.guest.speaks_frames and self.headers["Upgrade"] == frames.FRAMED_UPGRADE
+            self._frames() if agreed else self._reply(404, {"error": {"message": "not that"}}, [])
             return
         with self.guest.lock:
             self.guest.lines.append((self.number, self.requestline))

@@ -284,7 +284,7 @@ def test_pending_call_is_asked_for_again_until_it_ends(worker: WorkerProcess, pl
 def test_calls_share_one_kept_connection(worker: WorkerProcess, plane: GuestPlane) -> None:
     plane.tools["add"] = lambda a, b: a + b
     assert worker.execute("[add(i, 1) for i in range(50)]", tools=[tool("add", "a", "b")]).value == list(range(1, 51))
-    assert plane.connections == 2  # on the first, frames were asked for and refused
+    assert plane.connections == 3  # on the first two, frames were asked for, with files and without, and refused
 
 
 def test_calls_are_framed_on_one_kept_connection_where_the_broker_agrees(
@@ -293,7 +293,7 @@ def test_calls_are_framed_on_one_kept_connection_where_the_broker_agrees(
     plane.speaks_frames = True
     plane.tools["add"] = lambda a, b: a + b
     assert worker.execute("[add(i, 1) for i in range(50)]", tools=[tool("add", "a", "b")]).value == list(range(1, 51))
-    assert plane.connections == 1
+    assert plane.connections == 2  # on the first, files were asked for and refused
     assert {line for _, line in plane.lines} == {"POST /v1/tool-calls"}
 
 
