@@ -156,12 +156,12 @@ class Daemon:
 
     def _serve_guest(self, sock: Any, connection: Connection) -> None:
         try:
-            session = self.sessions.of_guest(connection.peer)
+            family = self.sessions.of_guest(connection.peer)
         except BrokerError as error:
             sock.sendall(b"".join(dump_frame({"status": error.status, "body": error.to_json()})))
             return
         most = limits.MAX_GUEST_FRAME_BYTES
-        FramedConnection(sock, connection, guest_routes(session), self._log, max_bytes=most).serve()
+        FramedConnection(sock, connection, guest_routes(family), self._log, max_bytes=most).serve()
 
     def _admit_host(self, peer: Peer) -> None:
         self._allow_host(peer)

@@ -6,11 +6,11 @@ the other one waits for it in the calling greenlet.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from broker.errors import BrokerError, SessionLost, TooManyCalls
+from broker.errors import BrokerError, SessionLost
 from broker.executions import Execution
+from broker.family import Family
 from broker.protocol import limits
 from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
@@ -28,6 +28,7 @@ from broker.protocol.messages import (
     Verdict,
 )
 from broker.session import Session
+from broker.snapshots import Snapshots
 from broker.tool_calls import Clock, ToolCall
 from broker.waiting import Alarm, Deliver, Waiter, WaitingRoom, in_greenlet
 from broker.worker_link import WorkerLink
@@ -45,7 +46,7 @@ class LiveSession:
 
     Args:
         session_id: Given by the broker.
-        slot: Its slot.
+        family: What its worker belongs to.
         worker: A started worker.
         clock: Monotonic seconds.
         name: Chosen by the host, or None.
@@ -53,12 +54,17 @@ class LiveSession:
         keep: Whether clients leave it as it is when they go.
         ttl_s: Idle time in seconds after which it ends, or None.
         held_by: Who opened it, or None.
+        forked_from: Id of the session that its worker was forked from, or None.
+
+    Attributes:
+        worker: The one that it has now.
+        snapshots: Frozen copies of it.
     """
 
     def __init__(
         self,
         session_id: str,
-        slot: int,
+        family: Family,
         worker: WorkerLink,
         clock: Clock,
         *,
@@ -67,12 +73,14 @@ class LiveSession:
         keep: bool = False,
         ttl_s: float | None = None,
         held_by: HeldBy | None = None,
+        forked_from: str | None = None,
     ) -> None:
         self._room = WaitingRoom(clock)
-        self._incoming_bytes = 0
+        self.worker, self.family, self.forked_from = worker, family, forked_from
+        self.snapshots = Snapshots(session_id)
         self.core = Session(
             session_id,
-            slot,
+            family.slot,
             worker,
             clock=clock,
             on_news=self._there_is_news,
@@ -221,20 +229,14 @@ class LiveSession:
         """Forget a request whose connection is gone."""
         self._room.leave(waiter)
 
-    @contextlib.contextmanager
-    def receiving(self, size: int) -> Iterator[None]:
-        """Reserve room for a request of generated code while its body is read.
-
-        Raises:
-            TooManyCalls: More bytes than one call may have are on their way already.
-        """
-        if self._incoming_bytes and self._incoming_bytes + size > limits.MAX_TOOL_CALL_BYTES:
-            raise TooManyCalls(f"more than {limits.MAX_TOOL_CALL_BYTES} bytes of tool arguments are on their way")
-        self._incoming_bytes += size
-        try:
-            yield
-        finally:
-            self._incoming_bytes -= size
+    def use_worker(self, worker: WorkerLink) -> None:
+        """Go on with another worker, in place of the one before, which is ended."""
+        old, self.worker = self.worker, worker
+        self.family.belongs(old, None)
+        self.family.belongs(worker, self)
+        self.core.use_worker(worker)
+        old.kill()
+        worker.attach(self.core)
 
     def close(self) -> None:
         """End the session; whoever waits is answered."""

@@ -37,6 +37,10 @@ class Channel:
         self._buffer = b""
         self._fds: list[int] = []
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
     def receive(self) -> tuple[dict[str, Any], list[Blob], int | None]:
         """Wait for a frame.
 
