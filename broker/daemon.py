@@ -160,14 +160,14 @@ class Daemon:
 
     def _serve_guest(self, sock: Any, connection: Connection, *, files: bool = False) -> None:
         try:
-            session = self.sessions.of_guest(connection.peer)
+            family = self.sessions.of_guest(connection.peer)
         except BrokerError as error:
             sock.sendall(b"".join(dump_frame({"status": error.status, "body": error.to_json()})))
             return
         FramedConnection(
             sock,
             connection,
-            guest_routes(session),
+            guest_routes(family),
             self._log,
             max_bytes=limits.MAX_GUEST_FRAME_BYTES,
             max_file_bytes=limits.MAX_TOOL_CALL_BYTES if files else 0,

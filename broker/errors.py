@@ -10,6 +10,7 @@
     ├ UnknownExecution      404
     ├ UnknownCall           404
     ├ UnknownTool           404  the message lists the tools that there are
+    ├ UnknownSnapshot       404  the session has no such snapshot (any more)
     ├ WrongMethod           405
     ├ SessionBusy           409  an execution is running
     ├ LeaseExpired          409  somebody else holds the call now
@@ -24,8 +25,11 @@
     ├ UpgradeRequired       426  the path speaks frames only
     ├ TooManySessions       429
     ├ TooManyCalls          429
+    ├ TooManySnapshots      429  of one session
+    ├ TooManyForks          429  of one family: sessions and snapshots that come from one session
     ├ InternalError         500
-    └ SessionStartFailed    503
+    ├ SessionStartFailed    503
+    └ ForkFailed            503  the session goes on as it was
 """
 
 from __future__ import annotations
@@ -92,6 +96,12 @@ class UnknownTool(BrokerError):
     """The session has no tool of this name."""
 
     code, status = "unknown_tool", 404
+
+
+class UnknownSnapshot(BrokerError):
+    """The session has no snapshot of this id: it is another session's, was dropped, or its process has ended."""
+
+    code, status = "unknown_snapshot", 404
 
 
 class WrongMethod(BrokerError):
@@ -190,6 +200,18 @@ class TooManyCalls(BrokerError):
     code, status = "too_many_calls", 429
 
 
+class TooManySnapshots(BrokerError):
+    """The session has as many snapshots as it may."""
+
+    code, status = "too_many_snapshots", 429
+
+
+class TooManyForks(BrokerError):
+    """As many sessions and snapshots come from one session as may."""
+
+    code, status = "too_many_forks", 429
+
+
 class InternalError(BrokerError):
     """A defect of the broker; the sandbox's log has the traceback."""
 
@@ -200,3 +222,9 @@ class SessionStartFailed(BrokerError):
     """The worker process could not be started."""
 
     code, status = "session_start_failed", 503
+
+
+class ForkFailed(BrokerError):
+    """The worker process could not be forked; the session is as it was."""
+
+    code, status = "fork_failed", 503

@@ -23,7 +23,7 @@ from gevent.event import Event
 
 from broker import host_requests
 from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownRoute
-from broker.live_session import LiveSession
+from broker.family import Family
 from broker.logs import Log
 from broker.outbox import Outbox
 from broker.protocol import limits, reading
@@ -123,15 +123,17 @@ def host_routes(sessions: Sessions) -> Routes:
     }
 
 
-def guest_routes(session: LiveSession) -> Routes:
-    """Return what one session's generated code may ask in frames."""
+def guest_routes(family: Family) -> Routes:
+    """Return what generated code of one slot may ask in frames."""
 
     def submit(request: Request) -> Cancel | None:
         call = ToolCallRequest.from_json(request.body)
+        session = family.running(call.execution_id)
         waiter = session.call_tool_later(call, request.blobs, request.size, request.answer)
         return host_requests.ending(session, waiter)
 
     def read(request: Request) -> Cancel | None:
+        session = family.of_call(request.argument)
         call = session.core.tool_calls.get(request.argument)
         wait_s = query_number(request.query, "wait_s", 0.0)
         return host_requests.ending(session, session.wait_for_call_later(call, wait_s, request.answer))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from flask import Blueprint, Flask, Response, current_app, request
 
 from broker.bodies import body_length, read_body, reply
-from broker.live_session import LiveSession, StatusWithBlobs
+from broker.family import Family
+from broker.live_session import StatusWithBlobs
 from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.blob_file import as_views
@@ -32,16 +33,17 @@ def submit_tool_call() -> Response:
 
     404 ``unknown_tool``; 409 ``execution_ended``; 413 ``payload_too_large``; 429 ``too_many_calls``.
     """
-    session = _session()
-    with session.receiving(body_length(request, limits.MAX_TOOL_CALL_BYTES)):
+    family = _family()
+    with family.receiving(body_length(request, limits.MAX_TOOL_CALL_BYTES)):
         header, blobs, size = read_body(request, max_bytes=limits.MAX_TOOL_CALL_BYTES)
-    return _status(session.call_tool(ToolCallRequest.from_json(header), blobs, size))
+    call = ToolCallRequest.from_json(header)
+    return _status(family.running(call.execution_id).call_tool(call, blobs, size))
 
 
 @guest_api.get("/tool-calls/<call_id>")
 def read_tool_call(call_id: str) -> Response:
     """200: ToolCallStatus, after at most ``wait_s``. 404 ``unknown_call``, also for another session's."""
-    session = _session()
+    session = _family().of_call(call_id)
     call = session.core.tool_calls.get(call_id)
     return _status(session.wait_for_call(call, query_number(request.args, "wait_s", 0.0)))
 
@@ -52,7 +54,7 @@ def speak_frames() -> Response:
     raise upgrade_required()  # the server answers whoever asks for it
 
 
-def _session() -> LiveSession:
+def _family() -> Family:
     sessions: Sessions = current_app.extensions["sessions"]
     return sessions.of_guest(connection_of(request).peer)
 

@@ -19,6 +19,7 @@ from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.blob_file import as_views
 from broker.protocol.messages import HeldBy, OpenRequest, Verdict
+from broker.protocol.opening import MAX_NAME_CHARS
 from broker.protocol.reading import Reader
 from broker.protocol.self_test import SelfTest
 from broker.query import query_number
@@ -144,6 +145,45 @@ def close_session(session_id: str) -> Response:
     return reply({"session_id": session_id, "state": "closed"})
 
 
+@host_api.post("/sessions/<session_id>/forks")
+def fork_session(session_id: str) -> Response:
+    """201: sessions that begin with its namespace. Body: ``{"count"}`` or none. 409 ``session_busy``; 429; 503."""
+    session = _held(session_id)
+    count = Reader(read_optional_body(request), "fork").integer("count", 1, low=1, high=limits.MAX_FAMILY)
+    made = _plane().sessions.fork(session, count)
+    return reply({"sessions": [_describe(each) for each in made]}, status=201)
+
+
+@host_api.post("/sessions/<session_id>/snapshots")
+def take_snapshot(session_id: str) -> Response:
+    """201: a Snapshot. Body: ``{"name"}`` or none. 409 ``session_busy``; 429 ``too_many_snapshots``; 503."""
+    session = _held(session_id)
+    name = Reader(read_optional_body(request), "snapshot").optional_text("name", max_chars=MAX_NAME_CHARS)
+    return reply(_plane().sessions.snapshot(session, name).to_json(), status=201)
+
+
+@host_api.get("/sessions/<session_id>/snapshots")
+def list_snapshots(session_id: str) -> Response:
+    """200: the snapshots of a session, oldest first. 404 ``unknown_session``."""
+    return reply({"snapshots": [each.to_json() for each in _plane().sessions[session_id].snapshots]})
+
+
+@host_api.delete("/sessions/<session_id>/snapshots/<snapshot_id>")
+def drop_snapshot(session_id: str, snapshot_id: str) -> Response:
+    """200: it is dropped, or was. 404 ``unknown_session``; 409 ``fenced``."""
+    _held(session_id).snapshots.drop(snapshot_id)
+    return reply({"snapshot_id": snapshot_id, "state": "dropped"})
+
+
+@host_api.post("/sessions/<session_id>/rollback")
+def roll_back(session_id: str) -> Response:
+    """200: the session, its namespace as it was. Body: ``{"snapshot_id"}``. 404 ``unknown_snapshot``; 409; 503."""
+    session = _held(session_id)
+    snapshot_id = Reader(read_body(request, max_bytes=1 << 20)[0], "rollback").text("snapshot_id", max_chars=64)
+    _plane().sessions.roll_back(session, snapshot_id)
+    return reply(_describe(session))
+
+
 @host_api.post("/sessions/<session_id>/executions")
 def execute(session_id: str) -> Response:
     """200: Progress. Body: ExecuteRequest. 409 ``session_busy``, ``fenced``; 410 ``session_lost``."""
@@ -232,6 +272,13 @@ def _check_epoch(session: LiveSession) -> None:
     host_requests.check_epoch(session, request.args)
 
 
+def _held(session_id: str) -> LiveSession:
+    """Return a session, whose holder must be asking."""
+    session = _plane().sessions[session_id]
+    _check_epoch(session)
+    return session
+
+
 def _holder(call_id: str) -> LiveSession:
     """Return the session of a call, whose holder must be asking."""
     session, _ = _plane().sessions.tool_call(call_id)
@@ -265,6 +312,7 @@ def _describe(session: LiveSession) -> JsonObject:
         "ttl_s": core.idleness.ttl_s,
         "held_by": None if core.held_by is None else core.held_by.to_json(),
         "executions": core.executed,
+        "forked_from": session.forked_from,
     }
 
 

@@ -6,13 +6,13 @@ the other one waits for it in the calling greenlet.
 
 from __future__ import annotations
 
-import contextlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from broker.errors import BrokerError, SessionLost, TooManyCalls
+from broker.errors import BrokerError, SessionLost
 from broker.executions import Execution
+from broker.family import Family
 from broker.protocol import limits
 from broker.protocol.blob_file import BlobFile, Blobs, as_views
 from broker.protocol.frames import Blob
@@ -30,6 +30,7 @@ from broker.protocol.messages import (
     Verdict,
 )
 from broker.session import Session
+from broker.snapshots import Snapshots
 from broker.tool_calls import Clock, ToolCall
 from broker.waiting import Alarm, Deliver, Waiter, WaitingRoom, in_greenlet
 from broker.worker_link import WorkerLink
@@ -47,7 +48,7 @@ class LiveSession:
 
     Args:
         session_id: Given by the broker.
-        slot: Its slot.
+        family: What its worker belongs to.
         worker: A started worker.
         clock: Monotonic seconds.
         name: Chosen by the host, or None.
@@ -55,12 +56,17 @@ class LiveSession:
         keep: Whether clients leave it as it is when they go.
         ttl_s: Idle time in seconds after which it ends, or None.
         held_by: Who opened it, or None.
+        forked_from: Id of the session that its worker was forked from, or None.
+
+    Attributes:
+        worker: The one that it has now.
+        snapshots: Frozen copies of it.
     """
 
     def __init__(
         self,
         session_id: str,
-        slot: int,
+        family: Family,
         worker: WorkerLink,
         clock: Clock,
         *,
@@ -69,15 +75,16 @@ class LiveSession:
         keep: bool = False,
         ttl_s: float | None = None,
         held_by: HeldBy | None = None,
+        forked_from: str | None = None,
     ) -> None:
         self._room = WaitingRoom(clock)
-        self._worker = worker
+        self.worker, self.family, self.forked_from = worker, family, forked_from
+        self.snapshots = Snapshots(session_id)
         # Reads the connection on which the host announces what it sends on the lane.
         self._read_host: Callable[[], None] | None = None
-        self._incoming_bytes = 0
         self.core = Session(
             session_id,
-            slot,
+            family.slot,
             worker,
             clock=clock,
             on_news=self._there_is_news,
@@ -97,7 +104,7 @@ class LiveSession:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
         self.catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected, held_by)
-        self._worker.close_lane()
+        self.worker.close_lane()
         execution = self.core.running or self.core.executions.latest()
         return Attached(
             epoch=self.core.epoch,
@@ -110,7 +117,7 @@ class LiveSession:
         """Let go of the session for whoever holds it; it goes on with what it does."""
         self.catch_up()
         self.core.detach()
-        self._worker.close_lane()
+        self.worker.close_lane()
 
     def resolve_call(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
         """Take the holder's word for a call that an older one had started."""
@@ -249,12 +256,12 @@ class LiveSession:
         if self.core.lost is not None:
             raise SessionLost(self.core.lost)
         self._read_host = read_host
-        return self._worker.open_lane()
+        return self.worker.open_lane()
 
     def catch_up(self) -> None:
         """Somebody speaks of what has not been read yet: read what came before it, in order."""
         if self._read_host is not None:
-            self._worker.read_now()
+            self.worker.read_now()
             self._room.answer_rung()
             self._read_host()
 
@@ -262,20 +269,14 @@ class LiveSession:
         """Forget a request whose connection is gone."""
         self._room.leave(waiter)
 
-    @contextlib.contextmanager
-    def receiving(self, size: int) -> Iterator[None]:
-        """Reserve room for a request of generated code while its body is read.
-
-        Raises:
-            TooManyCalls: More bytes than one call may have are on their way already.
-        """
-        if self._incoming_bytes and self._incoming_bytes + size > limits.MAX_TOOL_CALL_BYTES:
-            raise TooManyCalls(f"more than {limits.MAX_TOOL_CALL_BYTES} bytes of tool arguments are on their way")
-        self._incoming_bytes += size
-        try:
-            yield
-        finally:
-            self._incoming_bytes -= size
+    def use_worker(self, worker: WorkerLink) -> None:
+        """Go on with another worker, in place of the one before, which is ended."""
+        old, self.worker = self.worker, worker
+        self.family.belongs(old, None)
+        self.family.belongs(worker, self)
+        self.core.use_worker(worker)
+        old.kill()
+        worker.attach(self.core)
 
     def close(self) -> None:
         """End the session; whoever waits is answered."""

@@ -6,9 +6,10 @@ that breaks the format ends the session.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
@@ -157,6 +158,7 @@ class Session:
         self._held_back: _Report | None = None
         self._channel_closed_at: float | None = None
         self._stray_frames = 0
+        self._copying = False
 
     @property
     def running(self) -> Execution | None:
@@ -226,6 +228,8 @@ class Session:
             raise SessionLost(self.lost)
         if self._running is not None:
             raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
+        if self._copying:
+            raise SessionBusy("this session is being forked or rolled back")
         if request.tools is not None:
             # One with source runs in the worker: a call of it that comes to the broker is forged.
             self.tool_names = frozenset(tool.name for tool in request.tools if tool.source is None)
@@ -242,6 +246,37 @@ class Session:
             self._worker.execute(header, blobs, max_output_bytes=request.max_output_bytes)
         self._on_deadline()
         return execution
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Keep executions off while the worker, or a snapshot of it, is forked.
+
+        Raises:
+            SessionBusy: One is running.
+            SessionLost: The namespace is gone, also where that happens in the block.
+        """
+        self._catch_up()
+        if self.lost is not None:
+            raise SessionLost(self.lost)
+        if self._running is not None:
+            raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
+        if self._copying:
+            raise SessionBusy("this session is being forked or rolled back")
+        self._copying = True
+        try:
+            yield
+        finally:
+            self._copying = False
+            self.idleness.begin_anew()
+            self._on_deadline()
+            if self.lost is not None:
+                raise SessionLost(self.lost)
+
+    def use_worker(self, worker: Worker) -> None:
+        """Go on with another worker; what the one before says counts no more."""
+        self._worker = worker
+        self._stray_frames = 0
+        self._channel_closed_at = None
 
     def find(self, execution_id: str | None) -> Execution | None:
         """Return the execution of that id, or the running one for None.

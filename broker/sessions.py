@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 from broker.errors import NameTaken, TooManySessions, UnknownCall, UnknownExecution, UnknownSession
 from broker.executions import Execution
+from broker.family import Family
 from broker.live_session import LiveSession
 from broker.logs import Log
 from broker.protocol.messages import OpenRequest
+from broker.snapshots import Snapshot
 from broker.spawner import Peer, WorkerSpawner
 from broker.tool_calls import Clock, ToolCall
 from broker.waiting import Bell
@@ -80,11 +82,11 @@ class Sessions:
         self._spawner, self._log, self._clock = spawner, log, clock
         self._slots = Slots(max_sessions)
         self._by_id: dict[str, LiveSession] = {}
-        # The session whose processes run in a slot; kept apart from lost ones, whose slot may be another's by now.
-        self._by_slot: dict[int, LiveSession] = {}
+        # What runs in a slot; kept apart from lost sessions, whose slot may be another's by now.
+        self._families: dict[int, Family] = {}
 
     def __len__(self) -> int:
-        return len(self._by_slot)
+        return sum(1 for family in self._families.values() for _ in family.sessions())
 
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(list(self._by_id.values()))
@@ -108,28 +110,118 @@ class Sessions:
         """
         name = wanted.name
         self._check_name(name)
-        slot = self._slots.take()
-        worker = WorkerLink(slot, self._spawner, lambda: self._sweeping(slot), lambda clean: self._swept(slot, clean))
-        worker.start(wanted.secrets)
+        family = self._new_family(self._slots.take())
+        worker = family.start(wanted.secrets)
         try:
             self._check_name(name)  # again: another one may have started meanwhile
         except NameTaken:
             worker.kill()
             raise
-        session = LiveSession(
-            f"s-{secrets.token_hex(8)}",
-            slot,
-            worker,
-            self._clock,
-            name=name,
-            secret_names=tuple(wanted.secrets),
-            keep=wanted.keep,
-            ttl_s=wanted.ttl_s,
-            held_by=wanted.held_by,
+        self._families[family.slot] = family
+        session = self._add(
+            LiveSession(
+                _new_id(),
+                family,
+                worker,
+                self._clock,
+                name=name,
+                secret_names=tuple(wanted.secrets),
+                keep=wanted.keep,
+                ttl_s=wanted.ttl_s,
+                held_by=wanted.held_by,
+            )
         )
-        self._by_id[session.core.session_id] = self._by_slot[slot] = session
-        worker.attach(session.core)
-        self._log.event("session_opened", session=session.core.session_id, slot=slot)
+        self._log.event("session_opened", session=session.core.session_id, slot=family.slot)
+        return session
+
+    def fork(self, session: LiveSession, count: int) -> list[LiveSession]:
+        """Fork a session's worker, and return as many sessions that begin with its namespace; all, or none.
+
+        Raises:
+            SessionBusy: Code is running.
+            TooManyForks: There would be more than may be.
+            ForkFailed: There is no process or no memory to be had, or the worker does not answer.
+            SessionLost: The namespace is gone.
+        """
+        copies: list[WorkerLink] = []
+        try:
+            with session.core.copying():
+                copies.extend(session.family.fork(session.worker)[0] for _ in range(count))
+        except BaseException:
+            for copy in copies:
+                copy.kill()
+            raise
+        return [self._add_fork(session, copy) for copy in copies]
+
+    def snapshot(self, session: LiveSession, name: str | None) -> Snapshot:
+        """Keep a frozen copy of a session's worker.
+
+        Raises:
+            TooManySnapshots: It has as many as it may.
+            BrokerError: As ``fork``.
+        """
+        session.snapshots.check_room()
+        copy = None
+        try:
+            with session.core.copying():
+                copy, not_kept = session.family.fork(session.worker)
+        except BaseException:
+            if copy is not None:
+                copy.kill()
+            raise
+        snapshot = session.snapshots.add(copy, not_kept, name)
+        self._log.event("snapshot_taken", session=session.core.session_id, snapshot=snapshot.snapshot_id)
+        return snapshot
+
+    def roll_back(self, session: LiveSession, snapshot_id: str) -> None:
+        """Replace a session's worker by a copy of one of its snapshots.
+
+        Raises:
+            UnknownSnapshot: It has none of this id.
+            BrokerError: As ``fork``; the namespace is as it was.
+        """
+        snapshot = session.snapshots[snapshot_id]
+        copy = None
+        try:
+            with session.core.copying():
+                copy, _ = session.family.fork(snapshot.worker)
+        except BaseException:
+            if copy is not None:
+                copy.kill()
+            raise
+        session.use_worker(copy)
+        self._log.event("session_rolled_back", session=session.core.session_id, snapshot=snapshot_id)
+
+    def _new_family(self, slot: int) -> Family:
+        return Family(
+            slot,
+            self._spawner,
+            on_lost=self._lost,
+            on_sweep=lambda: self._sweeping(slot),
+            on_swept=lambda clean: self._swept(slot, clean),
+        )
+
+    def _add(self, session: LiveSession) -> LiveSession:
+        self._by_id[session.core.session_id] = session
+        session.family.belongs(session.worker, session)
+        session.worker.attach(session.core)
+        return session
+
+    def _add_fork(self, parent: LiveSession, copy: WorkerLink) -> LiveSession:
+        core = parent.core
+        session = self._add(
+            LiveSession(
+                _new_id(),
+                parent.family,
+                copy,
+                self._clock,
+                secret_names=core.secret_names,
+                ttl_s=core.idleness.ttl_s,
+                held_by=core.held_by,
+                forked_from=core.session_id,
+            )
+        )
+        self._log.event("session_forked", session=session.core.session_id, forked_from=core.session_id)
         return session
 
     def _check_name(self, name: str | None) -> None:
@@ -142,13 +234,16 @@ class Sessions:
 
     def memory_bytes(self, session: LiveSession) -> int | None:
         """Return what a session's worker takes, or None where that cannot be told."""
-        return self._spawner.memory_bytes(session.core.slot) if session.core.lost is None else None
+        pid = session.worker.pid
+        return None if pid is None or session.core.lost is not None else self._spawner.memory_bytes(pid)
 
     def close(self, session_id: str) -> None:
         """End a session and wait until its slot is swept."""
         session = self[session_id]
         session.close()
-        self._slots.wait_until_swept(session.core.slot)  # also where it was lost a moment ago
+        session.family.wait_until_gone(session.worker)
+        if not any(session.family.sessions()):
+            self._slots.wait_until_swept(session.core.slot)  # also where it was lost a moment ago
         self._by_id.pop(session_id, None)
         self._log.event("session_closed", session=session_id)
 
@@ -179,24 +274,25 @@ class Sessions:
                 return session, call
         raise UnknownCall(f"no tool call {call_id[:64]!r}")
 
-    def of_guest(self, peer: Peer) -> LiveSession:
-        """Return the session whose process speaks on the guest's socket.
+    def of_guest(self, peer: Peer) -> Family:
+        """Return the sessions whose processes may be speaking on the guest's socket: the call says which one.
 
         Raises:
             UnknownSession: It belongs to none.
         """
         slot = self._spawner.slot_of(peer)
-        session = None if slot is None else self._by_slot.get(slot)
-        if session is None:
+        family = None if slot is None else self._families.get(slot)
+        if family is None:
             raise UnknownSession("this process belongs to no session")
-        return session
+        return family
+
+    def _lost(self, session: LiveSession) -> None:
+        self._log.event("session_lost", session=session.core.session_id, reason=session.core.lost)
+        self._forget_old_ones()
 
     def _sweeping(self, slot: int) -> None:
         self._slots.sweeping(slot)
-        session = self._by_slot.pop(slot, None)
-        if session is not None:
-            self._log.event("session_lost", session=session.core.session_id, reason=session.core.lost)
-            self._forget_old_ones()
+        self._families.pop(slot, None)
 
     def _swept(self, slot: int, clean: bool) -> None:
         self._slots.swept(slot, clean)
@@ -207,3 +303,7 @@ class Sessions:
         lost = [session for session in self if session.core.lost is not None]
         for session in lost[:-REMEMBERED_LOST_SESSIONS]:
             del self._by_id[session.core.session_id]
+
+
+def _new_id() -> str:
+    return f"s-{secrets.token_hex(8)}"

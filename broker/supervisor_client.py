@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -12,21 +13,23 @@ from typing import Any
 import gevent
 from gevent.event import AsyncResult
 
-from broker.errors import SessionStartFailed
+from broker.errors import ForkFailed, SessionStartFailed
 from broker.protocol.self_test import SelfTest
-from broker.spawner import Peer
+from broker.spawner import Peer, Spawned
 from broker.supervisor import link
 from broker.supervisor.proc_status import read_status
 
 #: A fork takes milliseconds; a supervisor that does not answer for so long is stuck.
 SPAWN_LIMIT_S = 10.0
+#: A worker forks in milliseconds; one of many gigabytes, on a busy machine, in seconds.
+FORK_LIMIT_S = 10.0
 
 Reply = dict[str, Any]
 
 
 @dataclasses.dataclass(slots=True)
 class _Running:
-    pid: int
+    slot: int
     on_exit: Callable[[str], None]
 
 
@@ -59,46 +62,60 @@ class SupervisorClient:
         self.self_test: AsyncResult = AsyncResult()
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[Reply, list[int]], None]] = {}
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _Running] = {}  # by pid
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
 
-    def spawn(self, slot: int, on_exit: Callable[[str], None]) -> socket.socket:
-        """Start the worker of a slot and return our end of its channel.
+    def spawn(self, slot: int, on_exit: Callable[[str], None]) -> Spawned:
+        """Start the first worker of a slot.
 
         Raises:
             SessionStartFailed: The supervisor could not fork, or does not answer.
         """
-        answer: AsyncResult = AsyncResult()
-
-        def started(reply: Reply, fds: list[int]) -> None:
-            # Noted at once: the worker's end may be told in the very next message.
-            if fds:
-                self._running[slot] = _Running(reply["pid"], on_exit)
-            answer.set((reply, fds))
-
-        self._ask("spawn", slot, started)
+        answer = self._wait_for_pid("spawn", slot, on_exit)
         try:
             reply, fds = answer.get(timeout=SPAWN_LIMIT_S)
         except gevent.Timeout:
             raise SessionStartFailed("the supervisor does not answer") from None
         if not fds:
             raise SessionStartFailed(f"the worker could not be started: {reply.get('error', 'no reason given')}")
-        return socket.socket(fileno=fds[0])
+        return Spawned(reply["pid"], socket.socket(fileno=fds[0]))
 
-    def interrupt(self, slot: int, done: Callable[[], None]) -> None:
-        """Send SIGINT to the worker; ``done`` is called once it was sent."""
-        self._ask("signal", slot, lambda reply, fds: done())
+    def adopt(self, slot: int, channel: socket.socket, on_exit: Callable[[str], None]) -> int:
+        """Wait for the copy that a worker of the slot forks, and return its pid.
+
+        Raises:
+            ForkFailed: None came.
+        """
+        answer = self._wait_for_pid("adopt", slot, on_exit, channel.fileno())
+        try:
+            reply, _ = answer.get(timeout=FORK_LIMIT_S)
+        except gevent.Timeout:
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)  # the supervisor waits no longer either
+            raise ForkFailed(f"the session did not fork within {FORK_LIMIT_S:g} s") from None
+        if "pid" not in reply:
+            raise ForkFailed(f"the session could not be forked: {reply.get('error', 'no reason given')}")
+        return int(reply["pid"])
+
+    def interrupt(self, slot: int, pid: int, done: Callable[[], None]) -> None:
+        """Send SIGINT to a worker; ``done`` is called once it was sent."""
+        self._ask({"op": "signal", "slot": slot, "pid": pid}, lambda reply, fds: done())
+
+    def end(self, slot: int, pid: int, done: Callable[[], None]) -> None:
+        """Kill one worker of several in a slot; ``done`` is called once it is gone."""
+        self._running.pop(pid, None)
+        self._ask({"op": "end", "slot": slot, "pid": pid}, lambda reply, fds: done())
 
     def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
         """Kill every process of the slot and remove its files; ``done`` is told whether nothing is left."""
-        self._ask("sweep", slot, lambda reply, fds: done(bool(reply.get("clean"))))
+        self._running = {pid: worker for pid, worker in self._running.items() if worker.slot != slot}
+        self._ask({"op": "sweep", "slot": slot}, lambda reply, fds: done(bool(reply.get("clean"))))
 
-    def memory_bytes(self, slot: int) -> int | None:
-        """Return the memory that the worker of a slot holds besides files; what it shares with others counts too."""
-        worker = self._running.get(slot)
+    def memory_bytes(self, pid: int) -> int | None:
+        """Return the memory that a worker holds besides files; what it shares with others counts too."""
         try:
-            status = {} if worker is None else read_status(worker.pid)
+            status = read_status(pid) if pid in self._running else {}
             kib = [int(status[field].split()[0]) for field in ("RssAnon", "RssShmem")]
         except (OSError, KeyError, ValueError, IndexError):
             return None
@@ -115,7 +132,8 @@ class SupervisorClient:
             leader = os.getsid(peer.pid)
         except ProcessLookupError:
             return None
-        return next((slot for slot, worker in self._running.items() if worker.pid == leader), None)
+        worker = self._running.get(leader)
+        return None if worker is None else worker.slot
 
     def close(self) -> None:
         """Close the connection; a supervisor ends everything then."""
@@ -124,11 +142,27 @@ class SupervisorClient:
             self._watcher.close()
             self._sock.close()
 
-    def _ask(self, operation: str, slot: int, answered: Callable[[Reply, list[int]], None]) -> None:
+    def _wait_for_pid(
+        self, operation: str, slot: int, on_exit: Callable[[str], None], fd: int | None = None
+    ) -> AsyncResult:
+        answer: AsyncResult = AsyncResult()
+
+        def started(reply: Reply, fds: list[int]) -> None:
+            # Noted at once: the worker's end may be told in the very next message.
+            if "pid" in reply:
+                self._running[reply["pid"]] = _Running(slot, on_exit)
+            answer.set((reply, fds))
+
+        self._ask({"op": operation, "slot": slot}, started, fd)
+        return answer
+
+    def _ask(
+        self, message: dict[str, Any], answered: Callable[[Reply, list[int]], None], fd: int | None = None
+    ) -> None:
         message_id = next(self._ids)
         self._waiting[message_id] = answered
         try:
-            link.send(self._sock, {"id": message_id, "op": operation, "slot": slot})
+            link.send(self._sock, {"id": message_id, **message}, fd)
         except OSError:
             self._on_gone()
 
@@ -146,8 +180,8 @@ class SupervisorClient:
             self.self_test.set(SelfTest.from_json(message["self_test"]))
             return
         if "exited" in message:
-            worker = self._running.get(message["exited"])
-            if worker is not None and worker.pid == message["pid"]:
+            worker = self._running.get(message["pid"])
+            if worker is not None and worker.slot == message["exited"]:
                 worker.on_exit(message["reason"])
             return
         answered = self._waiting.pop(message["re"], None)

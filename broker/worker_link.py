@@ -11,10 +11,10 @@ from typing import Any
 import gevent
 
 from broker.channel import Channel
-from broker.errors import SessionStartFailed
+from broker.errors import ForkFailed, SessionStartFailed
 from broker.output import Output, OutputPipes
 from broker.protocol.blob_file import Blobs
-from broker.session import Session
+from broker.session import EXIT_REASON_WAIT_S, Session
 from broker.spawner import WorkerSpawner
 from broker.waiting import Bell
 
@@ -23,6 +23,11 @@ JsonObject = dict[str, Any]
 #: From the fork to the first frame: imports are done before, so this is for a machine under heavy load.
 READY_LIMIT_S = 20.0
 
+#: From the copy's first word, or its failure, to the worker's own.
+_FORKED_LIMIT_S = 5.0
+#: What a worker, whose word it is, may say that its copy lacks.
+_MOST_NAMES, _MOST_NAME_CHARS = 1_000, 200
+
 
 class WorkerLink:
     """Implements ``session.Worker`` on a real process.
@@ -30,15 +35,15 @@ class WorkerLink:
     Args:
         slot: The session's slot.
         spawner: Where workers come from.
-        on_killed: Told that the worker is being killed and its slot swept.
-        on_swept: Told whether nothing is left once the worker was killed and its slot swept.
+        on_killed: Told that this worker is to be ended.
+
+    Attributes:
+        pid: The worker's, once it is known.
     """
 
-    def __init__(
-        self, slot: int, spawner: WorkerSpawner, on_killed: Callable[[], None], on_swept: Callable[[bool], None]
-    ) -> None:
-        self._slot, self._spawner = slot, spawner
-        self._on_killed, self._on_swept = on_killed, on_swept
+    def __init__(self, slot: int, spawner: WorkerSpawner, on_killed: Callable[[WorkerLink], None]) -> None:
+        self._slot, self._spawner, self._on_killed = slot, spawner, on_killed
+        self.pid: int | None = None
         self._session: Session | None = None
         self._channel: Channel | None = None
         self._lane: socket.socket | None = None
@@ -46,6 +51,13 @@ class WorkerLink:
         self._ready = False
         self._failure: str | None = None
         self._started = Bell()
+        # Set while the worker forks: its answer, once it is there.
+        self._fork: list[JsonObject] | None = None
+        self._watcher: Callable[[str], None] | None = None
+        self._parent: WorkerLink | None = None
+        # Pids of its copies, and of those that have ended since its last fork: they are its children.
+        self._copies: set[int] = set()
+        self._ended_copies: list[int] = []
 
     def start(self, secrets: Mapping[str, str] = MappingProxyType({})) -> None:
         """Start the worker and wait until it is ready.
@@ -57,8 +69,9 @@ class WorkerLink:
             SessionStartFailed: It ended, or did not become ready; the slot is being swept.
         """
         try:
-            sock = self._spawner.spawn(self._slot, self._exited)
-            channel = self._open(sock)
+            spawned = self._spawner.spawn(self._slot, self._exited)
+            self.pid = spawned.pid
+            channel = self._open(spawned.channel)
             self._wait_until_ready()
             if secrets:
                 # No generated code has run yet, so the worker is still to be trusted; it says "ready" once more.
@@ -74,6 +87,79 @@ class WorkerLink:
         self._session = session
         if self._failure is not None:
             session.exited(self._failure)
+
+    def watch(self, on_end: Callable[[str], None]) -> None:
+        """Tell why the worker ended, where no session is told."""
+        self._watcher = on_end
+        if self._failure is not None:
+            on_end(self._failure)
+
+    def copy_to(self, copy: WorkerLink) -> tuple[str, ...]:
+        """Let the worker fork, and wait until its copy is ready.
+
+        Args:
+            copy: Leads to the copy from now on; it is killed where that fails.
+
+        Returns:
+            Names of what the copy lacks.
+
+        Raises:
+            ForkFailed: There is no copy.
+        """
+        assert self._channel is not None
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the kernel tells who the copy is
+        self._fork = []
+        try:
+            with theirs:
+                ended, self._ended_copies = self._ended_copies, []
+                self._channel.send({"type": "fork", "copies": sorted(self._copies), "ended": ended}, fd=theirs.fileno())
+            failure = copy.adopt(ours, self)
+            return self._forked(failure)
+        except BaseException:
+            copy.kill()
+            raise
+        finally:
+            self._fork = None
+
+    def gone(self) -> None:
+        """Note that the process has ended: the one that it was forked from is to reap it."""
+        parent, pid = self._parent, self.pid
+        if parent is not None and pid is not None:
+            parent._copies.discard(pid)
+            parent._ended_copies.append(pid)
+
+    def adopt(self, channel: socket.socket, parent: WorkerLink) -> ForkFailed | None:
+        """Serve a copy that is being forked from another one, from its first word on; return what went wrong."""
+        try:
+            self.pid = self._spawner.adopt(self._slot, channel, self._exited)
+        except ForkFailed as failure:
+            channel.close()
+            return failure
+        self._parent = parent
+        parent._copies.add(self.pid)
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        self._open(channel)
+        try:
+            self._wait_until_ready()
+        except SessionStartFailed as failure:
+            return ForkFailed(failure.message)
+        return None
+
+    def _forked(self, failure: ForkFailed | None) -> tuple[str, ...]:
+        """Wait for the worker's own word on the fork, which knows best why there is none."""
+        answers = self._fork
+        assert answers is not None
+        self._started.wait_until(lambda: bool(answers) or self._failure is not None, _FORKED_LIMIT_S)
+        answer = answers[0] if answers else {}
+        error, names = answer.get("error"), answer.get("not_kept")
+        if isinstance(error, str):
+            raise ForkFailed(f"the session could not be forked: {error[:_MOST_NAME_CHARS]}")
+        if failure is not None:
+            raise failure
+        if not isinstance(names, list) or len(names) > _MOST_NAMES:
+            raise ForkFailed("the session's answer to the fork makes no sense")
+        return tuple(str(name)[:_MOST_NAME_CHARS] for name in names)
 
     def execute(self, header: JsonObject, blobs: Blobs, *, max_output_bytes: int) -> None:
         """Send an execute frame, with a fresh output pipe unless the one before is still the worker's alone."""
@@ -132,7 +218,8 @@ class WorkerLink:
 
     def interrupt(self) -> None:
         """Send SIGINT to the worker."""
-        self._spawner.interrupt(self._slot, self._interrupted)
+        assert self.pid is not None
+        self._spawner.interrupt(self._slot, self.pid, self._interrupted)
 
     def take_output(self, *, keep: bool) -> Output:
         """Return what the execution printed, up to now."""
@@ -143,13 +230,13 @@ class WorkerLink:
         self._pipes.leave()
 
     def kill(self) -> None:
-        """Kill every process of the session and remove its files."""
-        self._on_killed()
-        self.close_lane()
+        """End the worker; with the last one of its family every process and file of theirs. Idempotent."""
+        self._session = self._watcher = None
+        self._shut_lane()
         if self._channel is not None:
             self._channel.close()
         self._pipes.close()
-        self._spawner.sweep(self._slot, self._on_swept)
+        self._on_killed(self)
 
     def _open(self, sock: socket.socket) -> Channel:
         self._channel = Channel(sock, on_frame=self._frame, on_broken=self._broken, on_closed=self._closed)
@@ -163,11 +250,16 @@ class WorkerLink:
             raise SessionStartFailed(f"the worker ended while it started: {self._failure}")
 
     def _frame(self, header: JsonObject, blobs: Blobs) -> None:
-        if self._session is not None:
+        if self._fork is not None and header.get("type") == "forked":
+            self._fork.append(header)
+            self._started.ring()
+        elif self._session is not None:
             self._session.frame_received(header, blobs)
-        elif header.get("type") == "ready":
+        elif header.get("type") == "ready" and not self._ready:
             self._ready = True
             self._started.ring()
+        else:
+            self._broken()  # it has nothing to say yet
 
     def _exited(self, reason: str) -> None:
         if self._channel is not None:
@@ -184,11 +276,15 @@ class WorkerLink:
     def _closed(self) -> None:
         if self._session is not None:
             self._session.channel_closed()
+        elif self._ready:
+            gevent.spawn_later(EXIT_REASON_WAIT_S, self._fail, "protocol")  # the reason comes sooner
 
     def _fail(self, reason: str) -> None:
         if self._failure is None:
             self._failure = reason
             self._started.ring()
+            if self._watcher is not None:
+                self._watcher(reason)
 
     def _interrupted(self) -> None:
         if self._session is not None:

@@ -36,6 +36,7 @@ from host_client.errors import (
     Fenced,
     FileRefused,
     ForeignSession,
+    ForkFailed,
     HistoryUnusable,
     HookError,
     ImageBuildFailed,
@@ -66,11 +67,14 @@ from host_client.errors import (
     SessionLost,
     SessionNameTaken,
     SetupError,
+    TooManyForks,
+    TooManySnapshots,
     TransportUnusable,
     UnknownPool,
     UnknownRun,
     UnknownSandbox,
     UnknownSession,
+    UnknownSnapshot,
 )
 from host_client.progress import ToolEvent, progress
 from host_client.settings import SandboxSettings
@@ -87,6 +91,7 @@ if TYPE_CHECKING:
     from host_client.sessions import SessionStatus as SessionStatus
     from host_client.sessions import close_session as close_session
     from host_client.sessions import list_sessions as list_sessions
+    from host_client.snapshots import Snapshot as Snapshot
 
 _LAZY = {
     "Budget": "host_client.budgets",
@@ -97,6 +102,7 @@ _LAZY = {
     "ScriptedBroker": "host_client.scripted_broker",
     "SessionStatus": "host_client.sessions",
     "close_session": "host_client.sessions",
+    "Snapshot": "host_client.snapshots",
     "get_pool": "host_client.pool_registry",
     "list_sessions": "host_client.sessions",
 }
@@ -114,6 +120,7 @@ __all__ = [
     "Fenced",
     "FileRefused",
     "ForeignSession",
+    "ForkFailed",
     "HistoryUnusable",
     "HookError",
     "ImageBuildFailed",
@@ -151,12 +158,16 @@ __all__ = [
     "SessionNameTaken",
     "SessionStatus",
     "SetupError",
+    "Snapshot",
+    "TooManyForks",
+    "TooManySnapshots",
     "ToolEvent",
     "TransportUnusable",
     "UnknownPool",
     "UnknownRun",
     "UnknownSandbox",
     "UnknownSession",
+    "UnknownSnapshot",
     "__version__",
     "close_session",
     "current_call",

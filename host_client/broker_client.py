@@ -25,12 +25,16 @@ from host_client.errors import (
     BrokerError,
     CallGone,
     Fenced,
+    ForkFailed,
     LeaseExpired,
     MalformedReply,
     ProtocolMismatch,
     SessionBusy,
     SessionLost,
     SessionNameTaken,
+    TooManyForks,
+    TooManySnapshots,
+    UnknownSnapshot,
 )
 from host_client.lane_user import MOST_BYTES, LaneUser
 from host_client.program import this_program
@@ -38,6 +42,8 @@ from host_client.transport import Reply, Transport
 
 #: Requests that nothing waits for in the broker.
 _PROMPT_S = 10.0
+#: A fork takes milliseconds; the broker gives up waiting for one sooner than this.
+_FORK_S = 30.0
 #: How much later than asked a long poll may be answered by a broker that is merely busy.
 LATE_S = 5.0
 #: 20 MB/s: a busy machine copies large values slowly.
@@ -94,6 +100,22 @@ class SessionInfo(NamedTuple):
     memory_bytes: int | None = None
 
 
+class SnapshotInfo(NamedTuple):
+    """A snapshot as its broker describes it.
+
+    Attributes:
+        snapshot_id: The broker's id.
+        name: The host's name for it, or one that was made up.
+        taken_at: Seconds since 1970.
+        not_kept: What it lacks, in the words of generated code.
+    """
+
+    snapshot_id: str
+    name: str
+    taken_at: float
+    not_kept: tuple[str, ...] = ()
+
+
 class BrokerClient(Protocol):
     """Speaks to one broker, for the holder of one session. Implementations are safe to share between threads.
 
@@ -144,6 +166,33 @@ class BrokerClient(Protocol):
 
         Raises:
             Fenced: Somebody else attached since.
+        """
+
+    def fork(self, session_id: str, count: int) -> list[str]:
+        """Fork a session, and return the ids of sessions that begin with its namespace.
+
+        Raises:
+            SessionBusy, TooManyForks, ForkFailed: There is none.
+        """
+
+    def snapshot(self, session_id: str, name: str | None) -> SnapshotInfo:
+        """Remember a session's namespace as it is.
+
+        Raises:
+            SessionBusy, TooManySnapshots, TooManyForks, ForkFailed: It was not.
+        """
+
+    def snapshots(self, session_id: str) -> list[SnapshotInfo]:
+        """Return the snapshots of a session, oldest first."""
+
+    def drop_snapshot(self, session_id: str, snapshot_id: str) -> None:
+        """Forget a snapshot. Idempotent."""
+
+    def roll_back(self, session_id: str, snapshot_id: str) -> None:
+        """Give a session the namespace of one of its snapshots.
+
+        Raises:
+            SessionBusy, UnknownSnapshot, ForkFailed: The namespace is as it was.
         """
 
     def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
@@ -299,6 +348,38 @@ class HttpBrokerClient:
         attached = _read(lambda: Attached.from_json(reply.header))
         self._epoch = attached.epoch
         return attached
+
+    def fork(self, session_id: str, count: int) -> list[str]:
+        """See ``BrokerClient.fork``."""
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/forks")
+        reply = _checked(self._transport.request("POST", path, {"count": count}, timeout_s=_FORK_S))
+        forked = _read(lambda: [_session(each) for each in Reader(reply.header, "forks").items("sessions")])
+        if len(forked) != count:
+            raise MalformedReply(f"the broker made {len(forked)} forks where {count} were asked for")
+        return [session.session_id for session in forked]
+
+    def snapshot(self, session_id: str, name: str | None) -> SnapshotInfo:
+        """See ``BrokerClient.snapshot``."""
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/snapshots")
+        reply = _checked(self._transport.request("POST", path, {"name": name}, timeout_s=_FORK_S))
+        return _read(lambda: _snapshot(reply.header))
+
+    def snapshots(self, session_id: str) -> list[SnapshotInfo]:
+        """See ``BrokerClient.snapshots``."""
+        path = f"/v1/sessions/{_part(session_id)}/snapshots"
+        reply = _checked(self._transport.request("GET", path, timeout_s=_PROMPT_S))
+        return _read(lambda: [_snapshot(each) for each in Reader(reply.header, "snapshots").items("snapshots")])
+
+    def drop_snapshot(self, session_id: str, snapshot_id: str) -> None:
+        """See ``BrokerClient.drop_snapshot``."""
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/snapshots/{_part(snapshot_id)}")
+        _checked(self._transport.request("DELETE", path, timeout_s=_PROMPT_S))
+
+    def roll_back(self, session_id: str, snapshot_id: str) -> None:
+        """See ``BrokerClient.roll_back``."""
+        path = self._of_epoch(f"/v1/sessions/{_part(session_id)}/rollback")
+        _checked(self._transport.request("POST", path, {"snapshot_id": snapshot_id}, timeout_s=_FORK_S))
+        self._lanes.forget()  # it led to the worker before
 
     def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
         """See ``BrokerClient.resolve``."""
@@ -456,6 +537,16 @@ def _session(data: Any) -> SessionInfo:
     )
 
 
+def _snapshot(data: Any) -> SnapshotInfo:
+    read = Reader(data, "snapshot")
+    return SnapshotInfo(
+        snapshot_id=read.text("snapshot_id", max_chars=64),
+        name=read.text("name", max_chars=64),
+        taken_at=read.number("taken_at", 0.0, low=0.0, high=1e11),
+        not_kept=tuple(text if text.isprintable() else ascii(text) for text in read.texts("not_kept", [])),
+    )
+
+
 def _news(reply: Reply) -> News:
     _checked(reply)
     try:
@@ -513,4 +604,8 @@ _ERRORS: dict[str, type[BrokerError]] = {
     SessionNameTaken.code: SessionNameTaken,
     CallGone.code: CallGone,
     "unknown_call": CallGone,
+    UnknownSnapshot.code: UnknownSnapshot,
+    TooManySnapshots.code: TooManySnapshots,
+    TooManyForks.code: TooManyForks,
+    ForkFailed.code: ForkFailed,
 }

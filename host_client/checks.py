@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
+from broker.protocol import limits
 from broker.protocol.messages import OutputField
+from broker.protocol.opening import MAX_NAME_CHARS
 from host_client.budgets import Budget
 from host_client.errors import BadSetting
 from host_client.secret_values import Secrets
@@ -169,3 +171,23 @@ def _field(field: Any) -> OutputField:
             f"output_fields: {name!r} has the type {kind!r:.80}; known are {', '.join(sorted(_FIELD_TYPES))}"
         )
     return OutputField(name=name, type=kind)
+
+
+def check_snapshot_name(name: Any) -> None:
+    """Check what a snapshot is to be called.
+
+    Raises:
+        BadSetting: It cannot be.
+    """
+    if name is not None and not (isinstance(name, str) and 1 <= len(name) <= MAX_NAME_CHARS and name.isprintable()):
+        raise BadSetting(f"a snapshot's name is 1 to {MAX_NAME_CHARS} characters that can be printed, got {name!r:.80}")
+
+
+def check_fork_count(count: Any) -> None:
+    """Check how many branches are wanted.
+
+    Raises:
+        BadSetting: There cannot be that many.
+    """
+    if type(count) is not int or not 1 <= count < limits.MAX_FAMILY:
+        raise BadSetting(f"fork() makes 1 to {limits.MAX_FAMILY - 1} branches, got {count!r:.80}")

@@ -37,7 +37,11 @@
     │ ├ SessionNameTaken              the sandbox has a session of that name already
     │ ├ LeaseExpired                  a result came too late; somebody else holds the call
     │ ├ Fenced                        another client attached to the session; this one is out
-    │ └ CallGone                      a result came for a call that was cancelled
+    │ ├ CallGone                      a result came for a call that was cancelled
+    │ ├ UnknownSnapshot               the snapshot is another session's, was dropped, or its process ended
+    │ ├ TooManySnapshots              the session has as many snapshots as it may
+    │ ├ TooManyForks                  as many sessions and snapshots come from one session as may
+    │ └ ForkFailed                    no process or memory for another copy; the session is as it was
     ├ BrokerUnreachable               no answer from the broker: it died, or its socket is gone
     ├ PoolError                       a pool gave no sandbox; ``pool`` and ``session`` say which
     │ ├ PoolExhausted                 every place is taken
@@ -317,6 +321,30 @@ class CallGone(BrokerError):
     """The result arrived for a call that was cancelled or has expired."""
 
     code = "call_gone"
+
+
+class UnknownSnapshot(BrokerError):
+    """The snapshot is another session's, was dropped, or its process has ended; the session is as it was."""
+
+    code = "unknown_snapshot"
+
+
+class TooManySnapshots(BrokerError):
+    """The session has as many snapshots as it may; ``drop()`` some."""
+
+    code = "too_many_snapshots"
+
+
+class TooManyForks(BrokerError):
+    """As many sessions and snapshots come from one session as may; shut some down, or drop them."""
+
+    code = "too_many_forks"
+
+
+class ForkFailed(BrokerError):
+    """The session's process could not be forked, for lack of processes or memory; the session is as it was."""
+
+    code = "fork_failed"
 
 
 class JournalUnusable(SandboxError):

@@ -22,7 +22,7 @@ from host_client.broker_client import News
 from host_client.budgets import Budget
 from host_client.dspy_compat import contract, observed
 from host_client.endings import wait_for_endings
-from host_client.errors import BadSetting, SandboxError, SessionLost
+from host_client.errors import BadSetting, SandboxError, SessionLost, SetupError
 from host_client.execution import Execution
 from host_client.factory import InterpreterFactory, execution_instructions, settings_of
 from host_client.files import Link, SessionFiles
@@ -38,6 +38,7 @@ from host_client.saved_file import open_file
 from host_client.saving import RestoredSession, SavedSession, restore_session, save_session
 from host_client.secret_values import Secrets
 from host_client.settings import DEFAULT_SANDBOX, SandboxSettings
+from host_client.snapshots import Snapshot, checked_snapshot
 from host_client.tool_definitions import ToolTable, named_tools
 from host_client.tool_limits import ToolLimits
 from host_client.tool_runner import ToolCalls
@@ -378,6 +379,77 @@ class SandboxInterpreter:
         with open_file(Path(path)) as saved, self._linked(self.execution_timeout_s) as link:
             return restore_session(link, saved, ignore_versions=ignore_versions, timeout_s=self.execution_timeout_s)
 
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """Remember the namespace as it is now, in milliseconds: the session's process forks, and the fork waits.
+
+        Not part of it: files (they are one session's, whatever its namespace), and what ``Snapshot.not_kept`` names.
+        What the session changes from now on takes memory twice, in the sandbox's limit; so ``drop()`` it.
+
+        Args:
+            name: For people; made up where there is none.
+
+        Raises:
+            SessionBusy: Code is running.
+            TooManySnapshots, TooManyForks: The session has as many as it may.
+            ForkFailed: The sandbox has no process or memory left.
+            SessionLost: The namespace is gone.
+            BadSetting: The name cannot be one.
+        """
+        with self._copying() as session:
+            checks.check_snapshot_name(name)
+            return session.snapshot(name)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return the session's snapshots, oldest first; after ``attach`` those of the older client too.
+
+        Raises:
+            SessionLost: The namespace is gone.
+        """
+        with self._copying() as session:
+            return session.snapshots()
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Make the namespace what it was when the snapshot was taken; can be done again and again.
+
+        Threads and child processes of the session end. Files stay as they are. Tools are the interpreter's of now.
+
+        Args:
+            snapshot: One that this session took.
+
+        Raises:
+            UnknownSnapshot: It is another session's, was dropped, or its process has ended; nothing has changed.
+            SessionBusy, ForkFailed: Nothing has changed.
+            SessionLost: The namespace is gone; a snapshot of it does not help then.
+            BadSetting: It is no snapshot.
+        """
+        with self._copying() as session:
+            session.roll_back(checked_snapshot(snapshot))
+
+    def fork(self, count: int = 1) -> list[SandboxInterpreter]:
+        """Make branches: sessions of their own that begin with this one's namespace, in the same sandbox.
+
+            left, right = interpreter.fork(2)
+
+        Each executes when it wants, with its own deadline, output, tool calls and end, and can be attached to by its
+        ``session_id``. They share the sandbox's limits, and the files of the session that they come from. A sandbox of
+        an interpreter's own lives as long as one of them does.
+
+        Args:
+            count: How many; all are made, or none.
+
+        Returns:
+            As many interpreters, with the same tools and arguments, to be shut down each.
+
+        Raises:
+            SessionBusy: Code is running.
+            TooManyForks, ForkFailed: There are none.
+            SessionLost: The namespace is gone.
+            BadSetting: The count is none.
+        """
+        with self._copying() as session:
+            checks.check_fork_count(count)
+            return [self._branch(forked) for forked in session.fork(count)]
+
     @observed
     def shutdown(self, *, wait: bool = False) -> None:
         """End the session, and its sandbox if it is this interpreter's own; or let go of one that is kept.
@@ -458,6 +530,27 @@ class SandboxInterpreter:
         if self._artifacts.saves and record.session_lost is None:
             self._artifacts.collect_quietly(self._aside(session))
         return self._deliver(record)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[SandboxSession]:
+        """Open the session where it is not, keep executions off, and close it where the block finds that it is gone."""
+        with self._alone:
+            session = self._open()
+            self._resume(session)
+            try:
+                yield session
+            except SandboxError as error:
+                if isinstance(error, SetupError) or survives(error):
+                    raise
+                lost = session.lost(error)
+                self._lose(session, lost)
+                raise lost from error
+
+    def _branch(self, session: SandboxSession) -> SandboxInterpreter:
+        branch = self.__copy__()
+        branch._session_name, branch._address, branch._keep = None, None, False
+        branch._hold(session)
+        return branch
 
     @contextlib.contextmanager
     def _linked(self, step_timeout_s: float | None = STEP_TIMEOUT_S) -> Iterator[Link]:
@@ -601,16 +694,20 @@ class SandboxInterpreter:
                 opened = self._open_or_attach()
             except SandboxError as error:
                 raise self._dspy.terminal(error) from error.__cause__
-            finalizer = weakref.finalize(self, opened.abandon, opened.loan)
-            with self._state:
-                stopped = self._ended
-                if not stopped:
-                    self._session, self._finalizer = opened, finalizer
-            if stopped:
-                finalizer()
-                lost = SessionLost("the interpreter was shut down while it started", reason="shutdown")
-                raise self._dspy.terminal(lost)
+            self._hold(opened)
             return opened
+
+    def _hold(self, opened: SandboxSession) -> None:
+        """Have a session from now on, and end it when nobody refers to this interpreter any more."""
+        finalizer = weakref.finalize(self, opened.abandon, opened.loan)
+        with self._state:
+            stopped = self._ended
+            if not stopped:
+                self._session, self._finalizer = opened, finalizer
+        if stopped:
+            finalizer()
+            lost = SessionLost("the interpreter was shut down while it started", reason="shutdown")
+            raise self._dspy.terminal(lost)
 
     def _open_or_attach(self) -> SandboxSession:
         if self._pool is not None:

@@ -232,7 +232,8 @@ class SqliteJournal:
             )
             return complete
 
-        return bool(self._write(write, durable=True))
+        # The first holder replaces nobody: were its line lost with the machine, calls would only count as unknown.
+        return bool(self._write(write, durable=holder.epoch > 1))
 
     def intend(self, holder: Holder, call: CallRecord) -> None:
         """See ``Journal.intend``."""

@@ -78,6 +78,11 @@ class LaneUser:
                 self._drop()
             self._lock.release()
 
+    def forget(self) -> None:
+        """Use another lane from the next execution on."""
+        with self._lock:
+            self._drop()
+
     def close(self) -> None:
         """Close the lane, at the latest when the execution on it has ended. Idempotent."""
         self._closed = True

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -31,9 +32,11 @@ from host_client.memory_journal import MemoryJournal
 from host_client.mending import Mender
 from host_client.providers.base import SandboxHandle, SandboxProvider
 from host_client.settings import SandboxSettings
+from host_client.sharing import Share
+from host_client.snapshots import Snapshot
 from host_client.tool_threads import ToolThreads
 from host_client.transport import BrokerTimeout
-from host_client.value_keeper import ValueKeeper
+from host_client.value_keeper import KeptState, ValueKeeper
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,11 @@ class SandboxSession:
         # Guards _closing: whoever sets it closes; it is cleared again if closing was cut short.
         self._lock = threading.Lock()
         self._closing = False
+        self._share = Share(self.session_id, holder.epoch)
+        self._is_last: bool | None = None  # of those who share the sandbox; known once it closes
+        self._journal, self._holder = journal, holder
+        # While somebody refers to them.
+        self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = weakref.WeakValueDictionary()
 
     @classmethod
     def open(
@@ -195,6 +203,62 @@ class SandboxSession:
         provider.adopt(found.handle)
         masker, keep = Masker(secrets or {}), found.session.keep
         return cls(provider, found.handle, found.client, holder, journal, masker, attached, keep=keep)
+
+    def fork(self, count: int) -> list[SandboxSession]:
+        """Return sessions that begin with this one's namespace; the sandbox ends with the last of all of them.
+
+        Raises:
+            SandboxError: There are none.
+        """
+        forked = [self._forked(session_id) for session_id in self.client.fork(self.session_id, count)]
+        try:
+            for session in forked:
+                self._journal.hold(session._holder)
+        except BaseException:
+            for session in forked:
+                session.close()
+            raise
+        return forked
+
+    def snapshot(self, name: str | None) -> Snapshot:
+        """Remember the namespace as it is.
+
+        Raises:
+            SandboxError: It was not.
+        """
+        info = self.client.snapshot(self.session_id, name)
+        info = info._replace(not_kept=tuple(map(self.masker.text, info.not_kept)))
+        snapshot = Snapshot(self.client, self.session_id, info, self.keeper.state())
+        self._snapshots[info.snapshot_id] = snapshot
+        return snapshot
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return those that there are, also an older client's; of what these hold of its values, nothing is known."""
+        unknown = KeptState({}, ())
+        known = self.client.snapshots(self.session_id)
+        return [self._snapshots.get(i.snapshot_id) or Snapshot(self.client, self.session_id, i, unknown) for i in known]
+
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            UnknownSnapshot: It is not this session's (any more).
+            SandboxError: The namespace is as it was, or lost.
+        """
+        snapshot.check(self.session_id)
+        self.client.roll_back(self.session_id, snapshot.snapshot_id)
+        self.keeper.go_back(snapshot.kept)
+        self.tools_sent, self.known_fields = False, None
+
+    def _forked(self, session_id: str) -> SandboxSession:
+        handle = self.handle
+        holder = Holder(sandbox_id=handle.sandbox_id, session_id=session_id, epoch=1, sandbox=handle.name)
+        client = connect(self._provider, handle)
+        session = SandboxSession(self._provider, handle, client, holder, self._journal, self.masker)
+        session.keeper = self.keeper.copy()
+        session._share = self._share
+        self._share.join(session_id)
+        return session
 
     @property
     def closed(self) -> bool:
@@ -289,13 +353,15 @@ class SandboxSession:
         """Let go of the session without ending it: it is another client's now."""
         if not self._begin_closing():
             return
-        if self._pid == os.getpid():
+        if self._pid == os.getpid() and self._is_last:
             self._provider.disown(self.handle)
         self._let_go()
 
     def _begin_closing(self) -> bool:
         with self._lock:
             first, self._closing = not self._closing, True
+            if self._is_last is None:
+                self._is_last = self._share.leave()
             return first
 
     def _close(self) -> None:
@@ -317,7 +383,8 @@ class SandboxSession:
         try:
             self.client.close()
             self.threads.close()
-            self.recorder.close()
+            if self._is_last:  # else others record in the same journal
+                self.recorder.close()
         finally:
             if self.loan is not None and self._pid == os.getpid():
                 self.loan.over()
@@ -337,12 +404,11 @@ class SandboxSession:
         return reason
 
     def _end(self) -> None:
-        if self.handle.owned:
-            if self._is_fenced():
-                self._provider.disown(self.handle)
-            else:
+        if self.handle.owned and self._is_last:
+            if not self._is_wanted():
                 self._provider.stop(self.handle)
-            return
+                return
+            self._provider.disown(self.handle)
         try:
             if self.keep:
                 self.client.detach(self.session_id)
@@ -351,14 +417,14 @@ class SandboxSession:
         except SandboxError as error:
             log.debug("closing the session %s: %s", self.session_id, error)  # then it is gone already
 
-    def _is_fenced(self) -> bool:
-        """Ask whether another client has attached since: then the sandbox, and its end, are that one's affair."""
+    def _is_wanted(self) -> bool:
+        """Ask whether another client has attached to a session in it: then the sandbox is that one's affair."""
         try:
             sessions = self.client.sessions(timeout_s=_FENCED_WAIT_S)
         except SandboxError as error:
             log.debug("asking who holds %s: %s", self.session_id, error)
             return False
-        return any(each.session_id == self.session_id and each.epoch != self._epoch for each in sessions)
+        return self._share.wanted_by_others(sessions)
 
 
 def survives(error: SandboxError) -> bool:

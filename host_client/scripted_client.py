@@ -29,8 +29,8 @@ from broker.protocol.messages import (
     Verdict,
 )
 from broker.protocol.values import Decoder, Encoder
-from host_client.broker_client import LATE_S, News, SessionInfo
-from host_client.errors import BrokerError, BrokerUnreachable, CallGone, SessionBusy, SessionLost
+from host_client.broker_client import LATE_S, News, SessionInfo, SnapshotInfo
+from host_client.errors import BrokerError, BrokerUnreachable, CallGone, SessionBusy, SessionLost, UnknownSnapshot
 from host_client.scripted_steps import ScriptedExecution, ScriptedStep, ScriptedToolError, Step, error_of, outcome_of
 
 
@@ -46,6 +46,7 @@ class _Session:
     epoch: int = 1
     keep: bool = False
     ttl_s: float | None = None
+    snapshots: dict[str, tuple[SnapshotInfo, dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def info(self, session_id: str) -> SessionInfo:
         """Return it as a broker describes it."""
@@ -120,6 +121,43 @@ class ScriptedClient:
             session = self._session(session_id)
             session.epoch = epoch + 1
             return Attached(epoch=session.epoch, execution_id=session.running, running=session.running is not None)
+
+    def fork(self, session_id: str, count: int) -> list[str]:
+        """Open sessions that hold the same kept values; what their code does, the script says."""
+        with self._changed:
+            parent = self._idle(session_id)
+            forked = {f"s{next(self._ids)}-{self._unique}": parent.kept for _ in range(count)}
+            for key, kept in forked.items():
+                self._sessions[key] = _Session(kept=dict(kept), secrets=parent.secrets)
+            return list(forked)
+
+    def snapshot(self, session_id: str, name: str | None) -> SnapshotInfo:
+        """Remember the kept values."""
+        with self._changed:
+            session = self._idle(session_id)
+            number = next(self._ids)
+            info = SnapshotInfo(f"n{number}-{self._unique}", name or f"snapshot-{number}", time.time())
+            session.snapshots[info.snapshot_id] = info, dict(session.kept)
+            return info
+
+    def snapshots(self, session_id: str) -> list[SnapshotInfo]:
+        """Return the snapshots."""
+        with self._changed:
+            return [info for info, _ in self._session(session_id).snapshots.values()]
+
+    def drop_snapshot(self, session_id: str, snapshot_id: str) -> None:
+        """Forget one."""
+        with self._changed:
+            self._session(session_id).snapshots.pop(snapshot_id, None)
+
+    def roll_back(self, session_id: str, snapshot_id: str) -> None:
+        """Go back to the kept values of then, without tools, as a worker does."""
+        with self._changed:
+            session = self._idle(session_id)
+            if snapshot_id not in session.snapshots:
+                raise UnknownSnapshot(f"the session {session_id} has no snapshot {snapshot_id!r}", status=404)
+            session.kept = dict(session.snapshots[snapshot_id][1])
+            session.tools, session.output_fields = {}, ()
 
     def resolve(self, call_id: str, attempt: int, verdict: Verdict) -> None:
         """Let the call fail: nobody knows how it ended."""
@@ -209,6 +247,12 @@ class ScriptedClient:
             if self._is_dead():
                 raise BrokerUnreachable("the scripted sandbox is dead")
             raise SessionLost(f"the session is lost: {session.lost}", reason=session.lost)
+        return session
+
+    def _idle(self, session_id: str) -> _Session:
+        session = self._session(session_id)
+        if session.running is not None:
+            raise SessionBusy(f"the execution {session.running} is running in this session", status=409)
         return session
 
     def _begin(self, session: _Session, request: ExecuteRequest, blobs: Sequence[Blob]) -> None:

@@ -6,7 +6,16 @@ cross the socket once for each iteration.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 Kept = str | bytes
+
+
+class KeptState(NamedTuple):
+    """What a worker holds at one moment: values by id, and the ids that it is still to drop."""
+
+    held: dict[str, Kept]
+    stale: tuple[str, ...]
 
 
 class ValueKeeper:
@@ -74,6 +83,21 @@ class ValueKeeper:
                 self._stale.append(key)
         self._used.clear()
         self._new.clear()
+
+    def state(self) -> KeptState:
+        """Return what the worker holds, between executions."""
+        return KeptState(dict(self._held), tuple(self._stale))
+
+    def go_back(self, state: KeptState) -> None:
+        """Note that the worker holds what it held then. Ids go on: one that is used again would mean two values."""
+        self._held, self._stale = dict(state.held), list(state.stale)
+
+    def copy(self) -> ValueKeeper:
+        """Return the keeper of a worker that was forked from this one's."""
+        keeper = ValueKeeper()
+        keeper._prefix, keeper._count = self._prefix, self._count
+        keeper.go_back(self.state())
+        return keeper
 
     def _use(self, key: str) -> str:
         self._used.add(key)

@@ -81,3 +81,9 @@ DEFAULT_CONCURRENT_TOOL_CALLS = 32
 
 #: Tool calls waiting in one session; a runaway loop of threads meets an error instead of the memory limit.
 MAX_PENDING_TOOL_CALLS = 10_000
+
+#: Snapshots of one session. Each is a process that waits: its own page tables, and what has changed since.
+MAX_SNAPSHOTS = 32
+
+#: Sessions and snapshots that come from one session by forking: processes under one user, in one memory limit.
+MAX_FAMILY = 128

@@ -15,7 +15,8 @@ from typing import Any
 
 from broker.protocol.exits import EXIT_OUT_OF_MEMORY
 from broker.protocol.self_test import Check, SelfTest
-from broker.supervisor import link
+from broker.supervisor import link, prctl
+from broker.supervisor.births import Birth, Copy
 from broker.supervisor.config import SupervisorConfig
 from broker.supervisor.nursery import Nursery
 from broker.supervisor.oom import OomCounter
@@ -36,7 +37,6 @@ class _Sweep:
     """A sweep in progress: processes first, then (``cleaner`` is the child that does it) files."""
 
     message_id: int
-    worker_pid: int | None
     give_up_at: float
     cleaner: int | None = None
 
@@ -65,7 +65,10 @@ class Supervisor:
         self._spawning: set[int] = set()
         self._sweeper = _sweeper(config)
         self._workers: dict[int, int] = {}  # slot -> pid
-        self._last_pids: dict[int, int] = {}  # slot -> pid, also after its end
+        self._copies: dict[int, Copy] = {}  # by pid: what was forked from workers, until it has ended
+        self._births: set[Birth] = set()
+        self._ending: dict[int, int] = {}  # pid -> message id
+        self._leaders: dict[int, set[int]] = {}  # slot -> pids of its workers, also of ended ones
         self._sweeps: dict[int, _Sweep] = {}
         self._oom = OomCounter()
         self._status: int | None = None
@@ -147,6 +150,8 @@ class Supervisor:
         for slot, worker in list(self._workers.items()):
             if worker == pid:  # the zygote has ended, and left it to us
                 self._worker_ended(slot, pid, status)
+        if pid in self._copies:  # ours, because the worker that it was forked from has ended
+            self._copy_ended(self._copies[pid], status)
         for slot, sweep in list(self._sweeps.items()):
             if sweep.cleaner == pid:
                 self._finish_sweep(slot, clean=True)
@@ -154,8 +159,23 @@ class Supervisor:
     def _worker_ended(self, slot: int, pid: int, status: int) -> None:
         if self._workers.get(slot) == pid:
             del self._workers[slot]
-            reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
-            self._tell({"exited": slot, "pid": pid, "reason": reason})
+            self._tell_end(slot, pid, status)
+
+    def _look_at(self, copy: Copy) -> None:
+        if self._copies.get(copy.pid) is copy:  # not reaped a moment ago
+            self._copy_ended(copy, copy.status())
+
+    def _copy_ended(self, copy: Copy, status: int | None) -> None:
+        del self._copies[copy.pid]
+        self._selector.unregister(copy)
+        copy.close()
+        self._tell_end(copy.slot, copy.pid, signal.SIGKILL if status is None else status)
+
+    def _tell_end(self, slot: int, pid: int, status: int) -> None:
+        reason = exit_reason(status, oom=_killed(status) and self._oom.rose())
+        self._tell({"exited": slot, "pid": pid, "reason": reason})
+        if pid in self._ending:
+            self._gone(slot, pid)
 
     # Messages.
 
@@ -168,9 +188,14 @@ class Supervisor:
             elif self._stop_at is None:
                 self._stop()
             return
-        message, _ = received
-        operation = {"spawn": self._spawn, "signal": self._signal, "sweep": self._sweep}[message["op"]]
-        operation(message["id"], message["slot"])
+        message, fds = received
+        if message["op"] == "adopt":
+            self._adopt(message["id"], message["slot"], fds)
+        elif "pid" in message:
+            operation = {"signal": self._signal, "end": self._end}[message["op"]]
+            operation(message["id"], message["slot"], message["pid"])
+        else:
+            {"spawn": self._spawn, "sweep": self._sweep}[message["op"]](message["id"], message["slot"])
 
     def _spawn(self, message_id: int, slot: int) -> None:
         taken = slot in self._workers or slot in self._spawning or slot in self._sweeps
@@ -185,14 +210,74 @@ class Supervisor:
         self._spawning.add(slot)
         self._ask("spawn", message_id, slot)
 
-    def _signal(self, message_id: int, slot: int) -> None:
-        if self._nursery.sock is None:  # then no worker lives
-            self._tell({"re": message_id})
-        else:
+    def _signal(self, message_id: int, slot: int, pid: int) -> None:
+        if pid in self._copies:
+            self._copies[pid].signal(signal.SIGINT)
+        elif self._nursery.sock is not None and self._workers.get(slot) == pid:
             self._ask("signal", message_id, slot)
+            return
+        self._tell({"re": message_id})
 
     def _sweep(self, message_id: int, slot: int) -> None:
-        self._sweeps[slot] = _Sweep(message_id, self._last_pids.get(slot), time.monotonic() + SWEEP_LIMIT_S)
+        self._sweeps[slot] = _Sweep(message_id, time.monotonic() + SWEEP_LIMIT_S)
+
+    # Copies: forked from a worker by itself.
+
+    def _adopt(self, message_id: int, slot: int, fds: list[int]) -> None:
+        birth = Birth(message_id, slot, socket.socket(fileno=fds[0]))
+        self._births.add(birth)
+        self._selector.register(birth, selectors.EVENT_READ, lambda: self._born(birth))
+
+    def _born(self, birth: Birth) -> None:
+        self._selector.unregister(birth)
+        self._births.discard(birth)
+        newborn = birth.look()
+        birth.close()
+        if newborn is None:
+            answer: dict[str, Any] = {"error": "the copy has ended before it began"}
+        elif not self._belongs(newborn.uid, newborn.pid, birth.slot):
+            answer = {"error": "another process answered in place of the copy"}
+        else:
+            answer = self._watched(newborn.pid, birth.slot)
+        self._tell({"re": birth.message_id, **answer})
+
+    def _belongs(self, uid: int, pid: int, slot: int) -> bool:
+        """Tell whether a process can be a new copy in a slot, for all that the kernel says of it."""
+        known = {self._nursery.pid, self._broker_pid, *self._workers.values(), *self._copies}
+        return uid == self._user_of(slot) and pid > 1 and pid not in known and slot not in self._sweeps
+
+    def _watched(self, pid: int, slot: int) -> dict[str, Any]:
+        try:
+            copy = Copy(pid, slot, self._user_of(slot))
+        except OSError as error:
+            return {"error": f"the copy cannot be watched: {error.strerror}"}
+        self._copies[pid] = copy
+        self._leaders.setdefault(slot, set()).add(pid)
+        self._selector.register(copy, selectors.EVENT_READ, lambda: self._look_at(copy))
+        return {"pid": pid}
+
+    def _end(self, message_id: int, slot: int, pid: int) -> None:
+        """Kill one worker of several in a slot, and what is left of its process group."""
+        self._ending[pid] = message_id
+        if pid in self._copies:
+            self._copies[pid].signal(signal.SIGKILL)
+        elif self._workers.get(slot) != pid:
+            self._gone(slot, pid)
+            return
+        self._kill_group(slot, pid)
+
+    def _gone(self, slot: int, pid: int) -> None:
+        self._kill_group(slot, pid)
+        self._leaders.get(slot, set()).discard(pid)
+        self._tell({"re": self._ending.pop(pid)})
+
+    def _kill_group(self, slot: int, pid: int) -> None:
+        """Kill a worker's process group, in the name of its session: the kernel lets that hit no other's."""
+        with contextlib.suppress(ProcessLookupError, PermissionError), prctl.acting_as(self._user_of(slot)):
+            os.killpg(pid, signal.SIGKILL)
+
+    def _user_of(self, slot: int) -> int:
+        return self._config.guest_uid(slot) if self._config.separate_users else os.geteuid()
 
     # The zygote.
 
@@ -221,7 +306,8 @@ class Supervisor:
         elif "re" in message:
             slot = self._asked.pop(message["re"])
             if "pid" in message:
-                self._workers[slot] = self._last_pids[slot] = message["pid"]
+                self._workers[slot] = message["pid"]
+                self._leaders[slot] = {message["pid"]}
             self._spawning.discard(slot)
             self._tell(message, *fds)
             for fd in fds:
@@ -250,11 +336,12 @@ class Supervisor:
                 _say(f"slot {slot} could not be swept")
                 self._finish_sweep(slot, clean=False)
             elif sweep.cleaner is None:
-                sweep.worker_pid = self._last_pids.get(slot)
-                self._sweeper.kill(slot, sweep.worker_pid)
+                leaders = self._leaders.get(slot, set())
+                self._sweeper.kill(slot, leaders)
                 self._reap()
                 living = slot in self._workers or slot in self._spawning
-                if not living and not self._sweeper.anything_left(slot, sweep.worker_pid):
+                living = living or any(copy.slot == slot for copy in self._copies.values())
+                if not living and not self._sweeper.anything_left(slot, leaders):
                     self._start_cleaner(slot, sweep)
 
     def _start_cleaner(self, slot: int, sweep: _Sweep) -> None:
@@ -268,6 +355,8 @@ class Supervisor:
 
     def _finish_sweep(self, slot: int, *, clean: bool) -> None:
         sweep = self._sweeps.pop(slot)
+        for pid in self._leaders.pop(slot, set()) & self._ending.keys():
+            self._tell({"re": self._ending.pop(pid)})
         if not clean and sweep.cleaner is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(sweep.cleaner, signal.SIGKILL)
@@ -282,12 +371,12 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._broker_pid, signal.SIGKILL)
         self._nursery.kill()
-        for slot, pid in self._last_pids.items():
-            self._sweeper.kill(slot, pid)
+        for slot, leaders in self._leaders.items():
+            self._sweeper.kill(slot, leaders)
         if os.getpid() == 1:
             return
         self._wait_for_children(time.monotonic() + STOP_LIMIT_S)
-        for slot in self._last_pids:
+        for slot in self._leaders:
             cleaner = os.fork()
             if cleaner == 0:
                 try:

@@ -3,12 +3,16 @@
 ::
 
     broker → supervisor   {"id": 7, "op": "spawn",  "slot": 3}
-                          {"id": 8, "op": "signal", "slot": 3}
+                          {"id": 8, "op": "signal", "slot": 3, "pid": 41}
                           {"id": 9, "op": "sweep",  "slot": 3}
+                          {"id": 10, "op": "adopt", "slot": 3}  with our end of a copy's channel attached
+                          {"id": 11, "op": "end",   "slot": 3, "pid": 57}
     supervisor → broker   {"self_test": {...}}  once, when workers can be started
                           {"re": 7, "pid": 41}  with the worker's channel attached, or {"re": 7, "error": "..."}
                           {"re": 8}
                           {"re": 9, "clean": true}
+                          {"re": 10, "pid": 57}  or {"re": 10, "error": "..."}
+                          {"re": 11}  once it is gone
                           {"exited": 3, "pid": 41, "reason": "crashed(SIGSEGV)"}
 """
 

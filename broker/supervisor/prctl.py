@@ -70,14 +70,23 @@ def clear_capabilities() -> None:
 
 
 @contextlib.contextmanager
-def acting_as(uid: int) -> Iterator[None]:
-    """Have another effective user for a while. The real and the saved one stay, so that user can do nothing to us."""
-    own = os.geteuid()
+def acting_as(uid: int, *, group: int | None = None) -> Iterator[None]:
+    """Have another effective user for a while. The real and the saved one stay, so that user can do nothing to us.
+
+    Args:
+        uid: The user.
+        group: The effective group, where that matters too; with our own user it stays as it is.
+    """
+    own, own_group = os.geteuid(), os.getegid()
+    if group is not None and uid != own:
+        os.setegid(group)
     os.seteuid(uid)
     try:
         yield
     finally:
         os.seteuid(own)
+        if os.getegid() != own_group:
+            os.setegid(own_group)
 
 
 def keep_capabilities(kept: Set[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from broker.supervisor.config import SupervisorConfig
@@ -13,7 +13,7 @@ from broker.supervisor.confinement import WRITABLE_FOLDERS
 
 
 class Sweeper(Protocol):
-    """Kills the processes of a slot and removes its files.
+    """Kills the processes of a slot and removes its files. ``leaders`` are the pids of its workers.
 
     Attributes:
         takes_zygote: Whether the zygote is killed with them.
@@ -21,10 +21,10 @@ class Sweeper(Protocol):
 
     takes_zygote: bool
 
-    def kill(self, slot: int, worker_pid: int | None) -> None:
+    def kill(self, slot: int, leaders: Collection[int]) -> None:
         """Send SIGKILL to every process of the slot."""
 
-    def anything_left(self, slot: int, worker_pid: int | None) -> bool:
+    def anything_left(self, slot: int, leaders: Collection[int]) -> bool:
         """Tell whether a process of the slot still lives."""
 
     def remove_files(self, slot: int) -> None:
@@ -39,7 +39,7 @@ class UidSweeper:
     def __init__(self, config: SupervisorConfig) -> None:
         self._config = config
 
-    def kill(self, slot: int, worker_pid: int | None) -> None:
+    def kill(self, slot: int, leaders: Collection[int]) -> None:
         """Send SIGKILL to every process of the slot's uid, in one step that no fork can slip through.
 
         Done without a child, which a fork bomb could keep from starting. The effective uid is the guest's, so that
@@ -55,7 +55,7 @@ class UidSweeper:
         finally:
             os.setresuid(0, 0, 0)
 
-    def anything_left(self, slot: int, worker_pid: int | None) -> bool:
+    def anything_left(self, slot: int, leaders: Collection[int]) -> bool:
         """Tell whether a process of the slot's uid still lives."""
         uid = str(self._config.guest_uid(slot)).encode()
         return any(uid in uids for uids in _uids_of_processes())
@@ -78,12 +78,12 @@ class NamespaceSweeper:
 
     takes_zygote = True
 
-    def kill(self, slot: int, worker_pid: int | None) -> None:
+    def kill(self, slot: int, leaders: Collection[int]) -> None:
         """Send SIGKILL to every process but this one."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(-1, signal.SIGKILL)
 
-    def anything_left(self, slot: int, worker_pid: int | None) -> bool:
+    def anything_left(self, slot: int, leaders: Collection[int]) -> bool:
         """Tell whether another process still lives."""
         return sum(1 for _ in _uids_of_processes()) > 1
 
@@ -94,25 +94,23 @@ class NamespaceSweeper:
 
 
 class GroupSweeper:
-    """For tests without root: all sessions share the caller's uid, so only the worker's own group is ended."""
+    """For tests without root: all sessions share the caller's uid, so only the workers' own groups are ended."""
 
     takes_zygote = False
 
-    def kill(self, slot: int, worker_pid: int | None) -> None:
-        """Send SIGKILL to the worker's process group."""
-        if worker_pid is not None:
+    def kill(self, slot: int, leaders: Collection[int]) -> None:
+        """Send SIGKILL to the workers' process groups."""
+        for pid in leaders:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(worker_pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
 
-    def anything_left(self, slot: int, worker_pid: int | None) -> bool:
-        """Tell whether a process of the group still lives."""
-        if worker_pid is None:
-            return False
-        try:
-            os.killpg(worker_pid, 0)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
+    def anything_left(self, slot: int, leaders: Collection[int]) -> bool:
+        """Tell whether a process of these groups still lives."""
+        for pid in leaders:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, 0)
+                return True
+        return False
 
     def remove_files(self, slot: int) -> None:
         """Remove the private folders that workers of this slot made."""

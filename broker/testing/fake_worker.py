@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import queue
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.socket import wait_read
 
 from broker.protocol.frames import Blob, dump_frame, read_frame
 from broker.protocol.messages import CallState, ErrorInfo, ExecutionResult, Outcome, ToolCallRequest, ToolCallStatus
-from broker.spawner import Peer
+from broker.spawner import Peer, Spawned
 from broker.testing.plane_client import PlaneClient
 
 JsonObject = dict[str, Any]
@@ -90,12 +92,14 @@ Script = Callable[[FakeExecution], "ExecutionResult | tuple[ExecutionResult, Seq
 class _FakeWorker(threading.Thread):
     """The worker's side, on a thread."""
 
-    def __init__(self, script: Script, guest_socket: Path, ended: Callable[[str], None]) -> None:
+    def __init__(self, script: Script, guest_socket: Path, channel: socket.socket) -> None:
         super().__init__(name="fake-worker", daemon=True)
         self.interrupted = threading.Event()
         self.guest = PlaneClient(guest_socket)
-        self.broker_end, self.channel = socket.socketpair()
-        self._script, self._ended = script, ended
+        self.channel = channel
+        self.ended: Callable[[str], None] = lambda reason: None
+        self.copies: queue.SimpleQueue[_FakeWorker] = queue.SimpleQueue()
+        self._script, self._guest_socket = script, guest_socket
 
     def run(self) -> None:
         reason = "killed"
@@ -105,6 +109,12 @@ class _FakeWorker(threading.Thread):
                 header, blobs, output = self._receive()
                 if header["type"] == "secrets":
                     self._send({"type": "ready", "pid": os.getpid()})
+                elif header["type"] == "fork":
+                    copy = _FakeWorker(self._script, self._guest_socket, socket.socket(fileno=output))
+                    copy.copies = self.copies
+                    self.copies.put(copy)
+                    copy.start()
+                    self._send({"type": "forked", "not_kept": [], "error": None})
                 else:
                     self._run_one(header, blobs, output)
         except WorkerEnd as end:
@@ -114,7 +124,7 @@ class _FakeWorker(threading.Thread):
         finally:
             self.channel.close()
             self.guest.close()
-            self._ended(reason)
+            self.ended(reason)
 
     def _run_one(self, header: JsonObject, blobs: Sequence[Blob], output: int) -> None:
         self.interrupted.clear()
@@ -161,43 +171,65 @@ class FakeSpawner:
 
     def __init__(self, script: Script, guest_socket: Path) -> None:
         self._script, self._guest_socket = script, guest_socket
-        self._workers: dict[int, _FakeWorker] = {}
+        self._pids = itertools.count(1)
+        self._workers: dict[int, tuple[int, _FakeWorker]] = {}  # by pid, with the slot
         self.swept: list[int] = []
 
-    def spawn(self, slot: int, on_exit: Callable[[str], None]) -> socket.socket:
+    def spawn(self, slot: int, on_exit: Callable[[str], None]) -> Spawned:
         """Start a thread as the worker of a slot."""
+        ours, theirs = socket.socketpair()
+        worker = _FakeWorker(self._script, self._guest_socket, theirs)
+        pid = self._add(slot, worker, on_exit)
+        worker.start()
+        return Spawned(pid, ours)
+
+    def adopt(self, slot: int, channel: socket.socket, on_exit: Callable[[str], None]) -> int:
+        """Wait for the thread that a worker starts as its copy."""
+        wait_read(channel.fileno())
+        siblings = next(worker for its_slot, worker in self._workers.values() if its_slot == slot)
+        return self._add(slot, siblings.copies.get(), on_exit)
+
+    def interrupt(self, slot: int, pid: int, done: Callable[[], None]) -> None:
+        """Set ``FakeExecution.interrupted``."""
+        self._workers[pid][1].interrupted.set()
+        gevent.get_hub().loop.run_callback(done)
+
+    def end(self, slot: int, pid: int, done: Callable[[], None]) -> None:
+        """Cut one worker off."""
+        self._cut(pid)
+        gevent.get_hub().loop.run_callback(done)
+
+    def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
+        """Cut the slot's workers off; their scripts see ``interrupted`` and a closed channel."""
+        for pid in [pid for pid, (its_slot, _) in self._workers.items() if its_slot == slot]:
+            self._cut(pid)
+        self.swept.append(slot)
+        gevent.get_hub().loop.run_callback(done, True)
+
+    def memory_bytes(self, pid: int) -> int | None:
+        """A thread has no memory of its own."""
+        return None
+
+    def slot_of(self, peer: Peer) -> int | None:
+        """Return the newest slot."""
+        return max((slot for slot, _ in self._workers.values()), default=None)
+
+    def _add(self, slot: int, worker: _FakeWorker, on_exit: Callable[[str], None]) -> int:
         loop = gevent.get_hub().loop
 
         def ended(reason: str) -> None:
             with contextlib.suppress(ValueError, AttributeError):  # the broker has ended before its worker
                 loop.run_callback_threadsafe(on_exit, reason)
 
-        worker = self._workers[slot] = _FakeWorker(self._script, self._guest_socket, ended)
-        worker.start()
-        return worker.broker_end
+        pid = next(self._pids)
+        self._workers[pid], worker.ended = (slot, worker), ended
+        return pid
 
-    def interrupt(self, slot: int, done: Callable[[], None]) -> None:
-        """Set ``FakeExecution.interrupted``."""
-        self._workers[slot].interrupted.set()
-        gevent.get_hub().loop.run_callback(done)
-
-    def sweep(self, slot: int, done: Callable[[bool], None]) -> None:
-        """Cut the worker off; its script sees ``interrupted`` and a closed channel."""
-        worker = self._workers.pop(slot, None)
-        if worker is not None:
-            worker.interrupted.set()
-            with contextlib.suppress(OSError):
-                worker.channel.shutdown(socket.SHUT_RDWR)
-        self.swept.append(slot)
-        gevent.get_hub().loop.run_callback(done, True)
-
-    def memory_bytes(self, slot: int) -> int | None:
-        """A thread has no memory of its own."""
-        return None
-
-    def slot_of(self, peer: Peer) -> int | None:
-        """Return the newest slot."""
-        return max(self._workers, default=None)
+    def _cut(self, pid: int) -> None:
+        _, worker = self._workers.pop(pid)
+        worker.interrupted.set()
+        with contextlib.suppress(OSError):
+            worker.channel.shutdown(socket.SHUT_RDWR)
 
 
 def ok(value: Any = None) -> ExecutionResult:

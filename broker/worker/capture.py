@@ -122,6 +122,17 @@ class Capture:
             self.flush()  # into nothing, lest it come out in a later execution
         self._restore()
 
+    @property
+    def null_fd(self) -> int:
+        """The descriptor that leads into nothing."""
+        return self._null
+
+    def leave_pipe(self) -> None:
+        """In a copy of the worker: let go of its pipe; what the streams still hold is the other one's to write."""
+        os.dup2(self._null, _STDOUT)
+        os.dup2(self._null, _STDERR)
+        self.end()
+
     def flush(self) -> bool:
         """Write out what the streams hold, also those that generated code put in their place.
 

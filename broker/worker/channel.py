@@ -35,6 +35,10 @@ class Channel:
         self._buffer = b""
         self._fds: list[int] = []
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
     def receive(self) -> tuple[dict[str, Any], list[Blob], int | None]:
         """Wait for a frame.
 
@@ -56,10 +60,6 @@ class Channel:
     def has_more(self) -> bool:
         """Whether bytes were read ahead."""
         return bool(self._buffer)
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self._sock.fileno()
 
     def send_now(self, frame: bytes) -> bool:
         """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""

@@ -34,6 +34,18 @@ class EventLoop:
             self._cancel_everything(loop)
             raise
 
+    def waiting_tasks(self) -> int:
+        """Return how many tasks have not come to their end."""
+        if self._loop is None:
+            return 0
+        import asyncio
+
+        return len(asyncio.all_tasks(self._loop))
+
+    def forget(self) -> None:
+        """In a forked process: give up the loop, whose selector is the other process' too."""
+        self._loop = None
+
     def _ready(self) -> asyncio.AbstractEventLoop:
         import asyncio  # 50 ms that only those pay who await
 

@@ -269,6 +269,10 @@ class GuestPlane:
                 with contextlib.suppress(IndexError):  # another thread took it
                     idle.pop().sock.close()
 
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of all connections."""
+        return [connection.sock.fileno() for connection in [*self._idle, *self._framed, *self._busy]]
+
     def forget(self) -> None:
         """In a forked child: close the copies of the parent's connections."""
         for connection in [*self._idle, *self._framed, *self._busy]:

@@ -13,6 +13,7 @@ from typing import Any
 from broker.protocol import limits
 from broker.protocol.frames import Blob
 from broker.protocol.messages import OutputField, ToolDefinition
+from broker.worker import branching
 from broker.worker.capture import Capture
 from broker.worker.channel import Channel, FrameTooLarge
 from broker.worker.current import Current, Execution
@@ -68,6 +69,9 @@ class Worker:
                 os.environ.update(header["values"])
                 self._channel.send({"type": "ready", "pid": os.getpid()})
                 continue
+            if header["type"] == "fork":
+                self._fork(fd, header["copies"], header["ended"])
+                continue
             ending = self._execute(header, blobs, fd)
             self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
             self._calls.cut_waits()
@@ -92,6 +96,34 @@ class Worker:
         self._current.execution = None  # threads that are left are stale now
         self._keeps_pipe = self._capture.flush() and "pipe" in header and self._capture.can_be_kept()
         return ending
+
+    def _fork(self, fd: int | None, copies: list[int], ended: list[int]) -> None:
+        """Make a copy of this process, which serves the channel ``fd``."""
+        assert fd is not None
+        branching.reap(ended)
+        lacks = branching.not_kept({fd, *self._own_descriptors()}, copies, self._repl.waiting_tasks())
+        error = None
+        try:
+            is_copy = branching.fork()
+        except OSError as failure:
+            is_copy, error = False, f"fork: {failure.strerror}"
+        if is_copy:
+            self._become_copy(fd)
+        else:
+            os.close(fd)
+            self._channel.send({"type": "forked", "not_kept": lacks, "error": error})
+
+    def _become_copy(self, fd: int) -> None:
+        self._current.in_child = self._keeps_pipe = False  # a worker, where ``_after_fork`` saw a child
+        self._channel = Channel(socket.socket(fileno=fd))
+        self._inbox = Inbox(self._channel)  # without a lane, which is the other one's
+        self._capture.leave_pipe()
+        branching.let_go_of_descriptors(self._own_descriptors())
+        self._repl.forget_loop()  # now: closing it while it was shared would have changed the other one's
+        self._channel.send({"type": "ready", "pid": os.getpid()})
+
+    def _own_descriptors(self) -> tuple[int, ...]:
+        return (*self._inbox.descriptors(), self._capture.null_fd, *self._calls.descriptors())
 
     def _rebind(self, header: dict[str, Any]) -> None:
         fields, tools = header.get("output_fields"), header.get("tools")

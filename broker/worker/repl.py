@@ -70,6 +70,14 @@ class Repl:
         for kept_id in ids:
             self._kept.pop(kept_id, None)
 
+    def waiting_tasks(self) -> int:
+        """Return how many tasks wait in the event loop."""
+        return self._loop.waiting_tasks()
+
+    def forget_loop(self) -> None:
+        """In a copy of the worker: begin with an event loop of its own."""
+        self._loop.forget()
+
     def run(self, execution: Execution, source: str, variables: dict[str, Any], blobs: Sequence[Blob]) -> Ending:
         """Inject, compile, run; whatever generated code does, this returns how it ended."""
         self._restore_limits()

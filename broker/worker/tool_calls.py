@@ -73,6 +73,10 @@ class ToolCalls:
         """Close the connections that a burst of calls has left open."""
         self._plane.let_go()
 
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of the connections that are kept."""
+        return self._plane.descriptors()
+
     def forget_connections(self) -> None:
         """In a forked child: start with connections of its own."""
         self._plane.forget()

@@ -296,3 +296,19 @@ def test_two_sandboxes_have_users_of_their_own(provider: BubblewrapProvider, run
         pid = pid_1(provider.start(SETTINGS), runtime)
         uids |= {line.split()[1] for line in Path(f"/proc/{pid}/uid_map").read_text().splitlines()[-1:]}
     assert len(uids) == 2
+
+
+def test_branches_share_the_sandbox_and_the_last_one_ends_it(provider: BubblewrapProvider, runtime: RuntimeDir) -> None:
+    parent = SandboxInterpreter({"shout": str.upper}, settings=SETTINGS, provider=provider)
+    parent.execute("x = [1]")
+    snapshot = parent.snapshot()
+    [branch] = parent.fork()
+    parent.execute("x.append(2)")
+    parent.rollback(snapshot)
+    assert parent.execute("x") == [1]
+    parent.shutdown(wait=True)
+    assert branch.execute("[x, shout('a')]") == [[1], "A"]
+    with pytest.raises(SessionLost, match="SIGSEGV"):
+        branch.execute("import os; os.kill(os.getpid(), 11)")
+    branch.shutdown(wait=True)
+    assert leaks(runtime) == []

@@ -124,3 +124,25 @@ provider.stop(handle)
     assert report["preloaded"] is True
     assert len(set(report["zygotes"])) == 2  # type: ignore[call-overload]
     assert leaks(runtime) == []
+
+
+def test_a_session_forks_and_is_rolled_back(runtime: RuntimeDir) -> None:
+    report = _report("""
+parent = SandboxInterpreter({"double": lambda n: n * 2}, settings=lenient, provider=provider)
+parent.execute("x = [1]")
+snapshot = parent.snapshot()
+[branch] = parent.fork()
+parent.execute("x.append(2)")
+parent.rollback(snapshot)
+report['rolled back'] = parent.execute("x")
+report['called'] = branch.execute("double(21)")
+try:
+    branch.execute("import os; os.kill(os.getpid(), 11)")
+except Exception as error:
+    report['reason'] = error.reason
+report['went on'] = parent.execute("double(len(x))")
+branch.shutdown(wait=True)
+parent.shutdown(wait=True)
+""")
+    assert report == {"rolled back": [1], "called": 42, "reason": "crashed(SIGSEGV)", "went on": 2}
+    assert leaks(runtime) == []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pytest
 from dspy.primitives.code_interpreter import CodeExecutionError, FinalOutput
 
 import host_client
+from broker.testing import InProcessBroker
+from host_client.providers.fake import FakeProvider
 from tests.demo.example_files import load
 
 
@@ -113,6 +118,30 @@ def test_the_budget_hook_stops_the_run_and_the_answer_is_extracted(
 ) -> None:
     assert load("hooks_example").main(["--scripted", "--budget", "0.03"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 steps: TODO, HACK, FIXME"
+
+
+@pytest.fixture(params=["real workers", pytest.param("sandbox", marks=pytest.mark.docker)])
+def forking(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Arguments for an interpreter whose sessions can fork, which the one of this process cannot."""
+    if request.param == "sandbox":
+        yield {}
+        return
+    with InProcessBroker() as broker:
+        yield {"provider": FakeProvider(broker)}
+
+
+def test_the_search_finds_a_ladder_and_comes_back(
+    forking: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("search_over_states")
+    monkeypatch.setattr(example, "SandboxInterpreter", functools.partial(host_client.SandboxInterpreter, **forking))
+    assert example.main([]) == 0
+    ladder, back = capsys.readouterr().out.splitlines()
+    words = ladder.split(" -> ")
+    assert (words[0], words[-1]) == ("cold", "warm")
+    assert all(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in itertools.pairwise(words))
+    assert back.startswith("and back at ['cold'] with ")
+    assert not back.endswith(" 0 shapes")
 
 
 def test_novel_analysis_covers_every_chapter_and_plots(

@@ -89,7 +89,13 @@ class World:
         _, listed, _ = host.request("GET", "/v1/sessions")
         ours = [s for s in listed["sessions"] if s["session_id"] in (known["session_id"], known["idle_session_id"])]
         held = [(session["epoch"], session["lost"]) for session in ours]
-        return (call.get("state"), call.get("attempt")) == ("started", 1) and held == [(1, None)] * 2
+        _, kept, _ = host.request("GET", f"/v1/sessions/{known['idle_session_id']}/snapshots")
+        snapshots = [each["snapshot_id"] for each in kept.get("snapshots", ())]
+        return (
+            (call.get("state"), call.get("attempt")) == ("started", 1)
+            and held == [(1, None)] * 2
+            and known["snapshot_id"] in snapshots
+        )
 
     def _made(self) -> dict[str, str]:
         host = self.broker.host
@@ -97,6 +103,7 @@ class World:
         for there in listed["sessions"]:
             host.request("DELETE", f"/v1/sessions/{there['session_id']}?epoch={there['epoch']}")
         _, idle, _ = host.request("POST", "/v1/sessions", {})
+        _, snapshot, _ = host.request("POST", f"/v1/sessions/{idle['session_id']}/snapshots", {})
         _, session, _ = host.request("POST", "/v1/sessions", {})  # the newest one may call tools
         self._number += 1
         body = {"execution_id": f"known-{self._number}", "code": "call", "tools": [{"name": "tool_known"}]}
@@ -105,6 +112,7 @@ class World:
         [claim] = progress["claims"]
         return {
             "idle_session_id": idle["session_id"],
+            "snapshot_id": snapshot["snapshot_id"],
             "session_id": session["session_id"],
             "execution_id": body["execution_id"],
             "call_id": claim["call_id"],
@@ -134,13 +142,15 @@ def _aim(case: Case, known: dict[str, str], plane: str) -> None:
     """Give a case ids that exist, and the rights to act on them."""
     for name in set(known) & set(case.path_parameters or {}):
         case.path_parameters[name] = known[name]
-    if case.operation.path.endswith("/executions"):
+    if case.operation.path.endswith(("/executions", "/forks", "/rollback")) or "/snapshots" in case.operation.path:
         case.path_parameters["session_id"] = known["idle_session_id"]
     if case.query:
         case.query.pop("epoch", None)
     if isinstance(case.body, dict):
         if "attempt" in case.body:
             case.body["attempt"] = 1
+        if "snapshot_id" in case.body:
+            case.body["snapshot_id"] = known["snapshot_id"]
         if plane == "guest" and "execution_id" in case.body:
             case.body.update(execution_id=known["execution_id"], tool="tool_known")
 
