@@ -119,7 +119,7 @@ class SocketTransport:
         self,
         dial: Callable[[float], socket.socket],
         *,
-        files: bool = BLOB_FILES,
+        files: bool = True,
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
         on_close: Callable[[], None] = lambda: None,
         can_resume: bool = False,
@@ -133,7 +133,7 @@ class SocketTransport:
         self._lock = threading.RLock()
         # By what they speak: "" for HTTP, or what they were upgraded to.
         self._idle: dict[str, list[Exchange]] = {spoken: [] for spoken in _SPOKEN}
-        self._refused: set[str] = set() if files else {frames.FILES_UPGRADE}
+        self._refused: set[str] = set() if files and BLOB_FILES else {frames.FILES_UPGRADE}
         self._pid = os.getpid()
         self._closed = False
         self._together = Together(self._exchange_all)

@@ -101,7 +101,9 @@ class Inbox:
     def _next(self) -> Message:
         if self._lane is None or self._channel.has_more:
             return Message(*self._channel.receive(), on_lane=False)
-        if not self._lane.has_more and self._channel.fileno() in [fd for fd, _ in self._poll.poll()]:
+        # Always the channel first: the broker may end the lane, and what is left in there must not run then.
+        ready = self._poll.poll(0 if self._lane.has_more else None)
+        if self._channel.fileno() in [fd for fd, _ in ready]:
             return Message(*self._channel.receive(), on_lane=False)
         try:
             header, blobs, fd = self._lane.receive()
