@@ -42,7 +42,9 @@ class LaneClient(FramedClient):
         """Run code in the ordinary way."""
         path = f"/v1/sessions/{self.session}/executions?wait_s=20"
         body = {"execution_id": f"o{next(self.ids)}", "code": code, "tools": TOOLS}
-        return self.box.host.request("POST", path, body)[1]["result"]
+        status, progress, _ = self.box.host.request("POST", path, body)
+        assert status == 200, progress
+        return progress["result"]
 
     def announce(self, code: str, **fields: Any) -> str:
         """Tell the broker; return the execution's id."""
@@ -245,4 +247,6 @@ def test_descriptors_of_lanes_do_not_add_up(box: InProcessBroker) -> None:
         return len(os.listdir("/proc/self/fd"))
 
     before = rounds(3)
-    assert rounds(10) <= before + 3
+    give_up_at = time.monotonic() + 20
+    while rounds(10) > before + 3:  # the last ones are closed in the background
+        assert time.monotonic() < give_up_at

@@ -156,7 +156,13 @@ def test_a_forged_result_is_the_forgers_own_and_its_deadline_holds(broker: InPro
         for _ in range(3):
             interpreter.execute("1")
         assert interpreter.execute(FORGE + "while True: pass") == "forged"
-        assert interpreter.execute("'next'") == "next"
+        # What ran on may strike the next one, which is the forger's own.
+        outcome: Any = "next"
+        try:
+            outcome = interpreter.execute("'next'")
+        except SessionLost as lost:
+            outcome = lost.reason
+        assert outcome in ("next", "deadline")
 
 
 def test_ctrl_c_stops_what_came_on_the_lane_and_keeps_the_session(warm: SandboxInterpreter, taken: Taken) -> None:
@@ -202,4 +208,6 @@ def test_descriptors_do_not_add_up(broker: InProcessBroker) -> None:
         return len(os.listdir("/proc/self/fd"))
 
     before = rounds(3)
-    assert rounds(10) <= before + 3
+    give_up_at = time.monotonic() + 20
+    while rounds(10) > before + 3:  # the last ones are closed in the background
+        assert time.monotonic() < give_up_at
