@@ -37,6 +37,7 @@ class Execution:
         left: The worker's frame of such a one, until it is sent after all or the execution ends.
         forward_at: Clock time at which it is sent after all.
         told: Whether the worker itself has told the host the result, on the lane.
+        kept_pipe: Whether the next one may come on the lane: its pipe is there already.
     """
 
     execution_id: str
@@ -54,6 +55,7 @@ class Execution:
     left: tuple[dict[str, Any], Blobs] | None = None
     forward_at: float | None = None
     told: bool = False
+    kept_pipe: bool = False
 
     @property
     def running(self) -> bool:

@@ -401,6 +401,7 @@ def _pack(
             claims=tuple(claims),
             lost=lost,
             more=more,
+            lane=execution.kept_pipe,
         ),
         blobs,
     )

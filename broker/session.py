@@ -490,10 +490,11 @@ class Session:
         self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
     ) -> None:
         output = Output()
+        execution.kept_pipe = report is not None and report.keeps_pipe
         if execution.told:  # and the host may have sent the next one, which may have printed already
             self._worker.leave_output()
         else:
-            output = self._worker.take_output(keep=report is not None and report.keeps_pipe)
+            output = self._worker.take_output(keep=execution.kept_pipe)
         result = ExecutionResult(
             outcome=outcome,
             output=output.text,

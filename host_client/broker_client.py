@@ -475,7 +475,7 @@ class HttpBrokerClient:
             if news.progress.more:
                 on_claims(news)
                 return False
-            last = news
+            last = self._noted(news)
             return True
 
         found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply)
@@ -493,16 +493,26 @@ class HttpBrokerClient:
         on_claims: Callable[[News], None] | None,
     ) -> News:
         if on_claims is None:
-            return _news(self._transport.request("POST", path, body, blobs, timeout_s=timeout_s, framed=True))
+            return self._noted(
+                _news(self._transport.request("POST", path, body, blobs, timeout_s=timeout_s, framed=True))
+            )
 
         def on_more(reply: Reply) -> None:
             on_claims(_news(reply))
 
-        return _news(
-            self._transport.request(
-                "POST", f"{path}&stream=1", body, blobs, timeout_s=timeout_s, framed=True, on_more=on_more
+        return self._noted(
+            _news(
+                self._transport.request(
+                    "POST", f"{path}&stream=1", body, blobs, timeout_s=timeout_s, framed=True, on_more=on_more
+                )
             )
         )
+
+    def _noted(self, news: News) -> News:
+        """Note whether the next execution may go by the lane."""
+        if news.progress.result is not None:
+            self._lanes.usable = news.progress.lane
+        return news
 
     def _of_epoch(self, path: str) -> str:
         return f"{path}?epoch={self._epoch}"

@@ -24,10 +24,14 @@ Worker = tuple[ExecutionResult, Sequence[Blob]]
 
 
 class LaneUser:
-    """Sends the executions of one session by its lane, from the second one on.
+    """Sends the executions of one session by its lane, from the second one on, where the broker allows it.
 
     Args:
         transport: How the broker is reached.
+
+    Attributes:
+        usable: Whether the broker's last word on an execution's end, if it was the broker's, allows it: broker and
+            worker go on with the same pipe.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -38,6 +42,7 @@ class LaneUser:
         self._lane: Lane | None = None
         self._breaks = 0
         self._closed = False
+        self.usable = False
 
     def execute(
         self,
@@ -81,6 +86,7 @@ class LaneUser:
     def forget(self) -> None:
         """Use another lane from the next execution on."""
         with self._lock:
+            self.usable = False
             self._drop()
 
     def close(self) -> None:
@@ -96,8 +102,9 @@ class LaneUser:
         if self._lane is not None and (self._lane.pid != os.getpid() or self._session_id != session_id):
             self._drop()
             self._session_id = None
-        if self._session_id != session_id:  # its first one: many sessions have no second
-            self._session_id, self._breaks = session_id, 0
+        if self._session_id != session_id:
+            self._session_id, self._breaks, self.usable = session_id, 0, False
+        if not self.usable:
             return None
         if self._lane is None and self._breaks < _MOST_BREAKS and not self._closed:
             epoch = path.rpartition("&epoch=")[2]

@@ -134,6 +134,7 @@ class Progress:
         claims: Tool calls that are the host's to answer from now on.
         lost: Call ids of ``renew`` that are no longer the host's.
         more: Whether another answer to the same request follows (framed form, ``stream=1``).
+        lane: Whether the next execution may come on the lane.
     """
 
     execution_id: str | None
@@ -142,6 +143,7 @@ class Progress:
     claims: tuple[Claim, ...] = ()
     lost: tuple[str, ...] = ()
     more: bool = False
+    lane: bool = False
 
     def to_json(self) -> JsonObject:
         data: JsonObject = {
@@ -153,6 +155,8 @@ class Progress:
         }
         if self.more:
             data["more"] = True
+        if self.lane:
+            data["lane"] = True
         return data
 
     @classmethod
@@ -165,6 +169,7 @@ class Progress:
             claims=tuple(map(Claim.from_json, read.items("claims", []))),
             lost=tuple(read.texts("lost", [])),
             more=read.flag("more", False),
+            lane=read.flag("lane", False),
         )
 
 
