@@ -78,6 +78,11 @@ class Channel:
         if not sent:
             self._on_broken()  # full, so it never read what it has answered
 
+    @property
+    def full(self) -> bool:
+        """Whether a part of a frame still waits."""
+        return self._outbox.full
+
     def tell(self, header: JsonObject) -> None:
         """Send a frame that may come between others, unless one is under way: then the worker reads that one first."""
         if self._sock.fileno() >= 0 and not self._outbox.full:

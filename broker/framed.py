@@ -196,8 +196,9 @@ class FramedConnection:
         """Serve what has arrived, as far as its turn has come."""
         if self._frames.started:
             self._take_next()
-        if not (self._answering or self._outbox.full or self._ended.is_set()):
-            self._readable()
+        while not (self._answering or self._outbox.full or self._ended.is_set()):
+            if not self._readable():
+                return
 
     def hand_over(self, sock: socket.socket) -> None:
         """Attach a descriptor to the next answer; it is lost where that cannot leave at once, or does not take any.
@@ -207,23 +208,25 @@ class FramedConnection:
         """
         self._handed = sock
 
-    def _readable(self) -> None:
+    def _readable(self) -> bool:
+        """Read once and serve what there is; tell whether anything came."""
         if self._answering or self._outbox.full:
             self._look_for_end()
-            return
+            return False
         try:
             data = self._receive(max(_READ_BYTES, min(self._frames.missing, _MOST_READ_BYTES)))
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._end()
-            return
+            return False
         self._frames.add(data)
         self._take_frames()
         if self._fds and self._whole:
             self._end()  # they came without the end of their frame
+        return True
 
     def _receive(self, size: int) -> bytes:
         if not self._files:

@@ -139,6 +139,8 @@ def close_session(session_id: str) -> Response:
     """200: its processes and files are gone. 404 ``unknown_session``; 409 ``fenced``, ``session_busy`` (``idle=1``)."""
     session = _plane().sessions[session_id]
     _check_epoch(session)
+    if query_number(request.args, "idle", 0) != 0:
+        session.catch_up()
     if query_number(request.args, "idle", 0) != 0 and session.core.running is not None:
         raise SessionBusy(f"the execution {session.core.running.execution_id} is running in this session")
     _plane().sessions.close(session_id)

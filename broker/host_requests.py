@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from broker.errors import BadRequest
+from broker.errors import BadRequest, BrokerError
 from broker.live_session import LiveSession, WithBlobs
-from broker.protocol import limits
+from broker.protocol import limits, reading
 from broker.protocol.blob_file import Blobs
 from broker.protocol.frames import Blob
 from broker.protocol.messages import ClaimRequest, ExecuteRequest, ToolResult
@@ -63,11 +63,16 @@ def execute_later(
         What ends the wait where nobody wants its answer any more, or None where it was answered.
     """
     wishes = read_wishes(query)
-    session.core.check_epoch(wishes.epoch)
-    request = ExecuteRequest.from_json(body)
-    waiter = session.run_later(
-        request, blobs, wishes.claim, still_there, deliver, stream=wishes.stream, on_lane=wishes.lane
-    )
+    try:
+        session.core.check_epoch(wishes.epoch)
+        request = ExecuteRequest.from_json(body)
+        waiter = session.run_later(
+            request, blobs, wishes.claim, still_there, deliver, stream=wishes.stream, on_lane=wishes.lane
+        )
+    except (BrokerError, reading.BadRequest):
+        if wishes.lane:
+            session.worker.close_lane()  # what is refused here must not run there
+        raise
     return ending(session, waiter)
 
 

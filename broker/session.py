@@ -315,6 +315,7 @@ class Session:
 
     def interrupt(self, execution: Execution) -> None:
         """Stop an execution at the host's request; one that has ended, or is being stopped, is left alone."""
+        self._catch_up()
         if execution is self._running and execution.cause is None:
             self._stop(execution, Outcome.INTERRUPTED)
 

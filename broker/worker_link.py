@@ -11,7 +11,7 @@ from typing import Any
 import gevent
 
 from broker.channel import Channel
-from broker.errors import ForkFailed, SessionStartFailed
+from broker.errors import ForkFailed, SessionBusy, SessionStartFailed
 from broker.output import Output, OutputPipes
 from broker.protocol.blob_file import Blobs
 from broker.session import EXIT_REASON_WAIT_S, Session
@@ -188,10 +188,12 @@ class WorkerLink:
         Ours is a duplicate, with which the lane can be ended whoever holds the other.
         """
         assert self._channel is not None
+        if self._channel.full:
+            raise SessionBusy("the worker has not read yet what it was sent")
         self._shut_lane()  # without a word: the worker takes the new one in its place
         hosts, workers = socket.socketpair()
         with workers:
-            self._channel.send({"type": "lane"}, fd=workers.fileno())
+            self._channel.send({"type": "lane", "fd": True}, fd=workers.fileno())
         self._lane = hosts.dup()
         return hosts
 

@@ -402,7 +402,7 @@ class HttpBrokerClient:
         path = f"{path}&epoch={self._epoch}"
         size = sum(map(len, blobs))
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * size
-        if on_claims is not None and size <= MOST_BYTES:
+        if on_claims is not None and size + len(request.code) <= MOST_BYTES:
             news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, on_claims)
             if news is not None:
                 return news

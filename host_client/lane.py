@@ -8,6 +8,7 @@ calls, an end that takes longer) comes from the broker as always, on the connect
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -19,9 +20,12 @@ from broker.protocol import limits
 from broker.protocol.frames import Blob, FrameAssembler, dump_frame
 from host_client.http_wire import Exchange
 
-#: An execution with more than this goes the ordinary way, where a memory file may be cheaper, and nobody has to wait
-#: for whoever reads it.
-MOST_BYTES = 64 << 10
+#: A message with more than this goes the ordinary way: what is on the lane leaves at once, and is read at once.
+MOST_BYTES = 32 << 10
+#: Of the worker's frames; it sends no larger ones.
+_MOST_REPLY_BYTES = 128 << 10
+#: Frames of the worker that are not asked for, within one execution. One or two may be late.
+_MOST_STRAY_FRAMES = 16
 #: With a deadline nearer than this the broker may be about to interrupt what the worker calls ended.
 LEAST_TIMEOUT_S = 1.0
 _READ_BYTES = 64 << 10
@@ -49,7 +53,8 @@ class Lane:
     def __init__(self, exchange: Exchange, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._exchange, self._sock = exchange, sock
-        self._frames = FrameAssembler(limits.MAX_TOOL_CALL_BYTES)
+        self._frames = FrameAssembler(_MOST_REPLY_BYTES)
+        self._strays = 0
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(exchange.fileno(), select.POLLIN)
@@ -72,6 +77,9 @@ class Lane:
 
     def close(self) -> None:
         """Close both connections: the broker takes in hand what it was told and has not seen the end of."""
+        if self.pid == os.getpid():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # the broker holds a duplicate
         self._exchange.close()
         self._sock.close()
 
@@ -101,6 +109,7 @@ class Lane:
                 end.
         """
         began = time.monotonic()
+        self._strays = 0
         self._exchange.begin(timeout_s)
         self._exchange.send_frame(announcement)
         self._send(execution)
@@ -109,6 +118,9 @@ class Lane:
             if left_s <= 0:
                 raise TimeoutError("no answer in time")
             ready = [fd for fd, _ in self._poll.poll(left_s * 1000)]
+            # The broker first: where the lane has broken, no claim that has come is left lying.
+            if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
+                return None
             if self._sock.fileno() in ready:
                 found = self._read(execution_id)
                 took_s = time.monotonic() - began
@@ -116,8 +128,6 @@ class Lane:
                     raise LaneBroken("the worker's word came late")
                 if found is not None:
                     return (*found, took_s)
-            if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
-                return None
 
     def _replies(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
         """Take what the broker has sent, which may be more than one reply; tell whether the last one was among it."""
@@ -151,4 +161,7 @@ class Lane:
         while (frame := self._frames.next()) is not None:
             if frame[0].get("execution_id") == execution_id:
                 return frame
+            self._strays += 1
+            if self._strays > _MOST_STRAY_FRAMES:
+                raise LaneBroken("the worker says what it was not asked")
         return None

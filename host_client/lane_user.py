@@ -41,7 +41,7 @@ class LaneUser:
         self._session_id: str | None = None
         self._lane: Lane | None = None
         self._breaks = 0
-        self._closed = False
+        self._closed = self._over = False
         self.usable = False
 
     def execute(
@@ -73,28 +73,33 @@ class LaneUser:
         """
         if request.timeout_s is not None and request.timeout_s < LEAST_TIMEOUT_S:
             return False
-        if not self._lock.acquire(blocking=False):
-            return False
+        alone = False
         try:
-            lane = self._ready(session_id, path)
+            alone = self._lock.acquire(blocking=False)
+            lane = self._ready(session_id, path) if alone else None
             return lane is not None and self._run(lane, path, request, blobs, timeout_s, on_reply)
         finally:
-            if self._closed:
-                self._drop()
-            self._lock.release()
+            if alone:
+                self._lock.release()
+            if self._over:
+                self._drop_if_idle()
 
     def forget(self) -> None:
         """Use another lane from the next execution on."""
-        with self._lock:
-            self.usable = False
-            self._drop()
+        self.usable, self._over = False, True
+        self._drop_if_idle()
 
     def close(self) -> None:
         """Close the lane, at the latest when the execution on it has ended. Idempotent."""
         self._closed = True
+        self.forget()
+
+    def _drop_if_idle(self) -> None:
+        """End the lane unless an execution is under way, which will see to it."""
         if self._lock.acquire(blocking=False):
             try:
                 self._drop()
+                self._over = False
             finally:
                 self._lock.release()
 
@@ -130,14 +135,11 @@ class LaneUser:
         def on_frame(header: dict[str, Any], blobs: Sequence[Blob]) -> bool:
             return on_reply(read_reply(header, blobs))
 
+        announced, told = dump_frame(announcement, blobs), dump_frame(execution, blobs)
+        if max(sum(map(len, announced)), sum(map(len, told))) > MOST_BYTES:
+            return False
         try:
-            found = lane.run(
-                dump_frame(announcement, blobs),
-                dump_frame(execution, blobs),
-                request.execution_id,
-                timeout_s,
-                on_frame,
-            )
+            found = lane.run(announced, told, request.execution_id, timeout_s, on_frame)
             if found is None:
                 return True
             header, received, took_s = found

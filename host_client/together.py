@@ -64,14 +64,18 @@ class Together(Generic[Reply]):
             with self._sending:
                 # Whoever waited here may find that the thread before it has sent its message too.
                 if not ticket.settled:
-                    self._send_next()
+                    self._send_next(ticket)
         if ticket.error is not None:
             raise _again(ticket.error)
         return ticket.reply
 
-    def _send_next(self) -> None:
+    def _send_next(self, ticket: _Ticket[Reply]) -> None:
         with self._lock:
             batch, self._waiting = self._waiting[:_MOST_TOGETHER], self._waiting[_MOST_TOGETHER:]
+        if ticket not in batch and ticket not in self._waiting:  # another thread of a forked child began anew
+            ticket.error, ticket.settled = ConnectionError("the process was forked"), True
+        if not batch:
+            return
         try:
             replies = self._exchange([each.message for each in batch], max(each.timeout_s for each in batch))
             for ticket, reply in zip(batch, replies or (), strict=replies is not None):

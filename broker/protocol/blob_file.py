@@ -115,6 +115,8 @@ class BlobFile:
         """Return the blobs, as views into the file; it stays mapped as long as one of them lives."""
         if not self.size:
             return [memoryview(b"") for _ in self.lengths]
+        if self._data is None and self.fd < 0:
+            raise ValueError("this file was closed")  # mmap would take -1 for memory full of zeros
         if self._data is None:
             mapped = memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ))
         else:

@@ -6,6 +6,7 @@ execution's output, and the file with its blobs.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -50,11 +51,13 @@ class Channel:
             FrameError: What came is no frame.
         """
         header, blobs = frames.read_frame(self._read_exactly)
+        # By what the header says: one read may have brought the descriptor of the next frame too.
+        fd = self._fds.pop(0) if self._fds and _brings_descriptor(header) else None
         if header.get("file") is True:
-            file = BlobFile(self._fds.pop(), header["blobs"])
+            file = BlobFile(self._fds.pop(0), header["blobs"])
             blobs = list(file.views())
             file.close()
-        return header, blobs, self._fds.pop(0) if self._fds else None
+        return header, blobs, fd
 
     @property
     def has_more(self) -> bool:
@@ -63,12 +66,11 @@ class Channel:
 
     def send_now(self, frame: bytes) -> bool:
         """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""
-        try:
+        with contextlib.suppress(OSError):
             if self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
                 return True
-        except OSError:
-            return False
-        self._sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         return False
 
     def send(self, header: dict[str, Any], blobs: Sequence[Blob | str] = ()) -> None:
@@ -144,3 +146,8 @@ class Channel:
                 raise EOFError("the broker closed the channel")
             filled += count
         return piece
+
+
+def _brings_descriptor(header: dict[str, Any]) -> bool:
+    """Tell whether a frame comes with a descriptor of its own, beside that of its blobs."""
+    return header.get("pipe") == "new" or header.get("type") == "fork" or header.get("fd") is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -99,18 +100,20 @@ class Worker:
 
     def _fork(self, fd: int | None, copies: list[int], ended: list[int]) -> None:
         """Make a copy of this process, which serves the channel ``fd``."""
-        assert fd is not None
-        branching.reap(ended)
-        lacks = branching.not_kept({fd, *self._own_descriptors()}, copies, self._repl.waiting_tasks())
-        error = None
+        is_copy, error, lacks = False, None, []
         try:
+            if fd is None:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            branching.reap(ended)
+            lacks = branching.not_kept({fd, *self._own_descriptors()}, copies, self._repl.waiting_tasks())
             is_copy = branching.fork()
         except OSError as failure:
-            is_copy, error = False, f"fork: {failure.strerror}"
-        if is_copy:
+            error = f"fork: {failure.strerror}"
+        if is_copy and fd is not None:
             self._become_copy(fd)
         else:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
             self._channel.send({"type": "forked", "not_kept": lacks, "error": error})
 
     def _become_copy(self, fd: int) -> None:

@@ -68,7 +68,8 @@ def test_whatever_is_said_on_the_lane_costs_the_session_at_most(arena: Arena, ta
 def test_descriptors_sent_to_the_host_do_not_arrive(target: Target) -> None:
     code = (
         "with socket.socket(fileno=os.dup(lane_fd())) as lane:\n"
-        "    for _ in range(200): socket.send_fds(lane, [frame({'type': 'x'})], [0] * 50)\n"
+        "    for _ in range(10):\n"
+        "        with contextlib.suppress(OSError): socket.send_fds(lane, [frame({'type': 'x'})], [0] * 20)\n"
         "'sent'"
     )
     before = _open_descriptors()

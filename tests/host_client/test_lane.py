@@ -125,6 +125,40 @@ def test_what_is_printed_is_of_its_execution_where_the_broker_lags_behind(
         assert warm.execute(f"print({number})") == f"{number}"
 
 
+@pytest.mark.parametrize("count", [3_000, 6_000, 13_500, 60_000])
+def test_larger_executions_arrive_whichever_way_also_where_the_broker_lags_behind(
+    warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    numbers = list(range(count))
+    execute = Session.execute
+
+    def later(session: Session, *args: Any, **keywords: Any) -> Any:
+        time.sleep(0.02)
+        return execute(session, *args, **keywords)
+
+    monkeypatch.setattr(Session, "execute", later)
+    for number in range(4):
+        assert warm.execute("len(numbers)", {"numbers": [*numbers, number]}) == count + 1
+        assert warm.execute(f"{number}  # {'x' * count * 5}") == number
+
+
+def test_a_slow_end_of_an_execution_mixes_up_no_descriptors(warm: SandboxInterpreter) -> None:
+    slow = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def __init__(self, to): self.to = to\n"
+        "    def write(self, text): return self.to.write(text)\n"
+        "    def flush(self): time.sleep(0.05); self.to.flush()\n"
+    )
+    for number in range(3):
+        warm.execute(slow + "time.sleep(0.036)\nsys.stdout = Slow(sys.stdout)\nprint('x')")
+        assert warm.execute(f"print({number})") == f"{number}"
+        warm.execute(slow + "time.sleep(0.036)\nsys.stdout = Slow(sys.stdout)")
+        assert warm.execute("print(len(text))", {"text": "y" * (200_000 + number)}) == f"{200_000 + number}"
+        warm.execute(slow + "time.sleep(0.036)\nsys.stdout = Slow(sys.stdout)")
+        warm.snapshot().drop()
+
+
 def test_what_the_worker_says_late_the_broker_is_asked_for(
     warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
