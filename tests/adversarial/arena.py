@@ -22,7 +22,7 @@ from tests.adversarial.tools import Tools
 PRELUDE = Path(__file__).with_name("prelude.py").read_text("utf-8")
 
 #: Small, so that bombs end quickly.
-LIMITS: dict[str, Any] = {"memory": "256m", "pids": 256, "tmpfs": "32m", "cpus": 1.5, "max_sessions": 4}
+LIMITS: dict[str, Any] = {"memory": "320m", "pids": 256, "tmpfs": "32m", "cpus": 1.5, "max_sessions": 4}
 
 #: Without an image, the host's Python runs the code; before 3.12, each fork copies more, as it counts references.
 OLDER_PYTHONS_MEMORY = "384m"
