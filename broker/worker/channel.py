@@ -150,4 +150,5 @@ class Channel:
 
 def _brings_descriptor(header: dict[str, Any]) -> bool:
     """Tell whether a frame comes with a descriptor of its own, beside that of its blobs."""
-    return header.get("pipe") == "new" or header.get("type") == "fork" or header.get("fd") is True
+    kind = header.get("type")
+    return (kind == "execute" and header.get("pipe") != "kept") or kind == "fork" or header.get("fd") is True
