@@ -169,12 +169,16 @@ def test_what_the_worker_says_late_the_broker_is_asked_for(
 
 
 def test_garbage_on_the_lane_ends_the_lane_and_nothing_else(warm: SandboxInterpreter, taken: Taken) -> None:
+    lanes: Any = warm._session.client._lanes  # type: ignore[union-attr]
     warm.execute("runs = 0")
-    for number in range(1, 8):
+    number = 0
+    while lanes._breaks < 5:
+        number += 1
         assert warm.execute(FIND_LANE + "runs += 1\nif lane: lane._sock.send(b'\\xff' * 64)\nruns") == number
         assert warm.execute("runs") == number
+        assert number < 100
     before = taken.count
-    assert warm.execute("runs") == 7
+    assert warm.execute("runs") == number
     assert taken.count == before  # five times were enough
 
 
