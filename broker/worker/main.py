@@ -75,6 +75,7 @@ class Worker:
                 continue
             ending = self._execute(header, blobs, fd)
             self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
+            del ending  # a large value must not stay until the next one
             self._calls.cut_waits()
             self._calls.let_go()
             if not self._keeps_pipe:

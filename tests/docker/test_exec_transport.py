@@ -60,7 +60,7 @@ def relays(engine: DockerEngine, sandbox_id: str) -> list[int]:
 
 
 def kill_relay(engine: DockerEngine, provider: DockerProvider) -> None:
-    [sandbox_id] = provider._process.owned
+    [sandbox_id] = [each.sandbox_id for each in provider._process.owned.handles()]
     [pid] = relays(engine, sandbox_id)
     os.kill(pid, signal.SIGKILL)
 
@@ -71,7 +71,7 @@ def test_a_relayed_sandbox_shares_no_file_and_leaves_nothing(
 ) -> None:
     with interpreter(provider, settings, up=str.upper) as made:
         assert made.execute("x = 6 * 7\nup(f'is {x}')") == "IS 42"
-        [sandbox_id] = provider._process.owned
+        [sandbox_id] = [each.sandbox_id for each in provider._process.owned.handles()]
         assert engine.inspect(sandbox_id)["Mounts"] == []
         assert len(relays(engine, sandbox_id)) == 1, "one for the start, the self-test and the session"
     assert leaks(engine, runtime) == []
@@ -95,7 +95,7 @@ def test_large_values_and_a_hundred_calls_at_once_go_through_one_relay(
         )
         assert made.execute(code, {"large": large}) == [len(large), len(large), True]
         assert made.execute("large[::-1]") == large[::-1]
-        [sandbox_id] = provider._process.owned
+        [sandbox_id] = [each.sandbox_id for each in provider._process.owned.handles()]
         assert len(relays(engine, sandbox_id)) == 1
 
 
@@ -160,7 +160,7 @@ def test_a_sandbox_that_dies_is_a_lost_session_with_its_reason(
     provider: DockerProvider, settings: SandboxSettings, engine: DockerEngine
 ) -> None:
     def die() -> None:
-        [sandbox_id] = provider._process.owned
+        [sandbox_id] = [each.sandbox_id for each in provider._process.owned.handles()]
         engine.kill(sandbox_id)
 
     with interpreter(provider, settings, die=die) as made:
@@ -264,7 +264,7 @@ def test_status_counts_sessions_through_a_relay(
 ) -> None:
     with interpreter(provider, settings) as made:
         made.execute("1")
-        [handle] = provider._process.owned.values()
+        [handle] = provider._process.owned.handles()
         assert count_sessions(transport_by(engine, handle)) == 1
 
 
@@ -274,7 +274,7 @@ def test_a_forked_child_gets_a_relay_of_its_own_and_the_parent_keeps_its(
 ) -> None:
     with interpreter(provider, settings) as made:
         made.execute("x = 1")
-        [handle] = provider._process.owned.values()
+        [handle] = provider._process.owned.handles()
         session = made._session
         assert session is not None
         pid = os.fork()
