@@ -345,6 +345,7 @@ class SandboxSession:
         complete = self._journal.hold(holder)
         self.recorder.goes_on_as(holder)
         self._epoch = attached.epoch
+        self._share.goes_on(self.session_id, attached.epoch)
         unread = [call for call in attached.started if call.call_id not in held]
         settle(unread, handle.sandbox_id, self.client, self._journal, complete=complete)
         return attached

@@ -25,6 +25,10 @@ class Share:
         self._epochs[session_id] = 1
         self._places.append(False)
 
+    def goes_on(self, session_id: str, epoch: int) -> None:
+        """Note that one of ours is held in another epoch, by ourselves."""
+        self._epochs[session_id] = epoch
+
     def leave(self) -> bool:
         """Note that one ends, once each; tell whether it was the last one."""
         return self._places.pop()
