@@ -82,7 +82,9 @@ def test_the_soak_sees_what_a_process_and_the_engine_hold(image: str, monkeypatc
         monkeypatch.setattr(tempfile, "tempdir", folder)
         first, last = Soak(Path(folder), at_once=2, pooled=False).readings(count=6, every=4)
     assert (first.sandboxes, last.sandboxes) == (2, 6)
-    assert (last.descriptors, last.threads) == (first.descriptors, first.threads)
+    # What tests before this one have left behind may end meanwhile.
+    assert last.descriptors <= first.descriptors
+    assert last.threads <= first.threads
     assert (last.containers, last.directories, last.children, last.temporary) == (0, 0, 0, 0)
     assert last.journal_rows > first.journal_rows
 
