@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 from broker.protocol.exits import EXIT_OUT_OF_MEMORY
@@ -339,10 +340,19 @@ class Supervisor:
                 leaders = self._leaders.get(slot, set())
                 self._sweeper.kill(slot, leaders)
                 self._reap()
+                self._bury_with_zygote(slot, leaders)
                 living = slot in self._workers or slot in self._spawning
                 living = living or any(copy.slot == slot for copy in self._copies.values())
                 if not living and not self._sweeper.anything_left(slot, leaders):
                     self._start_cleaner(slot, sweep)
+
+    def _bury_with_zygote(self, slot: int, leaders: Collection[int]) -> None:
+        """Note the end of a worker whose zygote was killed after it had reaped it, and before it could tell."""
+        pid = self._workers.get(slot)
+        if pid is None or not self._sweeper.takes_zygote or self._nursery.pid is not None:
+            return
+        if not self._sweeper.anything_left(slot, leaders):
+            self._worker_ended(slot, pid, signal.SIGKILL)
 
     def _start_cleaner(self, slot: int, sweep: _Sweep) -> None:
         with contextlib.suppress(OSError):  # no process to be had: tried again at the next step
