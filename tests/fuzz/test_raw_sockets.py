@@ -301,8 +301,8 @@ def _affordable(wanted: int) -> int:
 
 
 def _settled(growth: Growth) -> None:
-    """The broker closes its ends in its own time, which is short."""
-    give_up_at = time.monotonic() + _TIMEOUT_S
+    """The broker closes its ends in its own time; it is a thread of this process, which this one keeps busy."""
+    give_up_at = time.monotonic() + 3 * _TIMEOUT_S
     while True:
         try:
             growth.bounded()
