@@ -224,12 +224,7 @@ class Session:
         known = self.executions.get(request.execution_id)
         if known is not None:
             return known
-        if self.lost is not None:
-            raise SessionLost(self.lost)
-        if self._running is not None:
-            raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
-        if self._copying:
-            raise SessionBusy("this session is being forked or rolled back")
+        self._check_free()
         if request.tools is not None:
             # One with source runs in the worker: a call of it that comes to the broker is forged.
             self.tool_names = frozenset(tool.name for tool in request.tools if tool.source is None)
@@ -256,12 +251,7 @@ class Session:
             SessionLost: The namespace is gone, also where that happens in the block.
         """
         self._catch_up()
-        if self.lost is not None:
-            raise SessionLost(self.lost)
-        if self._running is not None:
-            raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
-        if self._copying:
-            raise SessionBusy("this session is being forked or rolled back")
+        self._check_free()
         self._copying = True
         try:
             yield
@@ -425,6 +415,15 @@ class Session:
             self._interrupt()
 
     # Inside.
+
+    def _check_free(self) -> None:
+        """Refuse what needs a worker that does nothing."""
+        if self.lost is not None:
+            raise SessionLost(self.lost)
+        if self._running is not None:
+            raise SessionBusy(f"the execution {self._running.execution_id} is running in this session")
+        if self._copying:
+            raise SessionBusy("this session is being forked or rolled back")
 
     def _forward(self, execution: Execution) -> None:
         """Send what was left to the lane, and take care of its output; the worker throws away what it had already."""

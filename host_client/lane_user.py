@@ -36,7 +36,7 @@ class LaneUser:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        # Held by the one thread whose execution is under way. Guards the five below.
+        # Held by the one thread whose execution is under way. Guards the three below; the flags are set by anybody.
         self._lock = threading.Lock()
         self._session_id: str | None = None
         self._lane: Lane | None = None
