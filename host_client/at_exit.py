@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,9 @@ class _Anchor:
 def at_exit(run: Callable[[], None]) -> Callable[[], None]:
     """Run something when this process exits; children of ``multiprocessing`` skip ``atexit``.
 
+    A forked child takes the hooks of its parent along, but what is to be ended is the parent's, and the locks around it
+    may have been held by threads that the child does not have: nothing is run there.
+
     Returns:
         What takes that back, so that nothing is held for it any more. Idempotent.
     """
@@ -23,5 +27,6 @@ def at_exit(run: Callable[[], None]) -> Callable[[], None]:
         cancel: Callable[[], None] = util.Finalize(None, run, exitpriority=0).cancel
         return cancel
     # Not atexit: finalizers run newest first, so sessions end before this, and those that were fenced say so.
-    finalizer = weakref.finalize(_Anchor, run)
+    registered_by = os.getpid()
+    finalizer = weakref.finalize(_Anchor, lambda: run() if os.getpid() == registered_by else None)
     return lambda: finalizer.detach() and None
