@@ -79,6 +79,11 @@ class Channel:
             self._on_broken()  # full, so it never read what it has answered
 
     @property
+    def frame_size(self) -> int:
+        """Bytes of the frame that was received last."""
+        return self._frames.size
+
+    @property
     def full(self) -> bool:
         """Whether a part of a frame still waits."""
         return self._outbox.full

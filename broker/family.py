@@ -117,6 +117,10 @@ class Family:
         for session in self.sessions():
             if session.core.tool_calls.find(call_id) is not None:
                 return session
+        for session in self.sessions():
+            session.catch_up()  # the worker may have told of it on its channel, which is not read yet
+            if session.core.tool_calls.find(call_id) is not None:
+                return session
         raise UnknownCall(f"no tool call {call_id[:64]!r}")
 
     @contextlib.contextmanager

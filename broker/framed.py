@@ -82,6 +82,8 @@ class Request(NamedTuple):
 
 #: Ends a wait whose answer nobody takes any more.
 Cancel = Callable[[], None]
+#: What may be said aside; see ``FramedConnection.hear_asides``.
+_ASIDE = ("POST", "tool-calls", "result")
 #: By method, and the second and fourth part of the path.
 Routes = Mapping[tuple[str, str, str], Callable[[Request], Cancel | None]]
 
@@ -111,6 +113,7 @@ def host_routes(sessions: Sessions) -> Routes:
     def lane(request: Request) -> Cancel | None:
         session = sessions[request.argument]
         host_requests.check_epoch(session, request.query)
+        request.framed.hear_asides()
         request.framed.hand_over(session.open_lane(request.framed.read_now))
         request.answer(({}, ()))
         return None
@@ -135,6 +138,8 @@ def guest_routes(family: Family) -> Routes:
     def read(request: Request) -> Cancel | None:
         session = family.of_call(request.argument)
         call = session.core.tool_calls.get(request.argument)
+        if "again" in request.query:
+            session.offer_again(call)
         wait_s = query_number(request.query, "wait_s", 0.0)
         return host_requests.ending(session, session.wait_for_call_later(call, wait_s, request.answer))
 
@@ -179,6 +184,9 @@ class FramedConnection:
         # A request is being answered from its frame's arrival until its last reply; no other is looked at meanwhile.
         self._answering = False
         self._cancel: Cancel | None = None
+        self._hears_asides = False
+        # A request that came while another one was being answered; behind it nothing is read.
+        self._next: tuple[JsonObject, Sequence[Blob]] | None = None
         self._last = False
         self._held_back: list[Blob] | None = None
         self._handed: socket.socket | None = None
@@ -194,11 +202,18 @@ class FramedConnection:
 
     def read_now(self) -> None:
         """Serve what has arrived, as far as its turn has come."""
-        if self._frames.started:
+        if self._frames.started or self._next is not None:
             self._take_next()
-        while not (self._answering or self._outbox.full or self._ended.is_set()):
+        while not (self._is_deaf() or self._ended.is_set()):
             if not self._readable():
                 return
+
+    def hear_asides(self) -> None:
+        """From now on take answers to tool calls also while a request is being answered.
+
+        They have ``"aside": true`` and get no reply: who sends one has told the worker too, and goes on.
+        """
+        self._hears_asides = True
 
     def hand_over(self, sock: socket.socket) -> None:
         """Attach a descriptor to the next answer; it is lost where that cannot leave at once, or does not take any.
@@ -210,7 +225,7 @@ class FramedConnection:
 
     def _readable(self) -> bool:
         """Read once and serve what there is; tell whether anything came."""
-        if self._answering or self._outbox.full:
+        if self._is_deaf():
             self._look_for_end()
             return False
         try:
@@ -227,6 +242,10 @@ class FramedConnection:
         if self._fds and self._whole:
             self._end()  # they came without the end of their frame
         return True
+
+    def _is_deaf(self) -> bool:
+        """Tell whether nothing is to be read now."""
+        return self._outbox.full or self._next is not None or (self._answering and not self._hears_asides)
 
     def _receive(self, size: int) -> bytes:
         if not self._files:
@@ -256,7 +275,7 @@ class FramedConnection:
         held: list[Blob] = []
         self._held_back = held
         for _ in range(_MOST_FRAMES):
-            if not self._take_frame() or self._answering or self._last or not self._frames.started:
+            if not self._take_frame() or self._last or self._is_deaf() or not self._frames.started:
                 break
         self._held_back = None
         if held and not self._ended.is_set():
@@ -264,6 +283,11 @@ class FramedConnection:
 
     def _take_frame(self) -> bool:
         """Serve the next request; tell whether there was one."""
+        if self._next is not None and not self._answering:
+            (header, blobs), self._next = self._next, None
+            self._answering = True
+            self._handle_frame(header, blobs)
+            return True
         try:
             frame = self._frames.next()
         except FrameError as error:
@@ -272,15 +296,39 @@ class FramedConnection:
             return True
         if frame is None:
             return False
-        self._answering = True
         header, blobs = frame
+        if self._hears_asides and header.get("aside") is True:
+            self._handle_aside(header, blobs)
+        elif self._answering:
+            self._next = frame
+        else:
+            self._answering = True
+            self._handle_frame(header, blobs)
+        return True
+
+    def _handle_frame(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+        """Serve a request; it is the frame that was read last."""
         if self._frames.in_file:
             self._handle_file(header)
-            return True
+            return
         if self._fds and (self._whole or not self._frames.started):
             self._drop_descriptors()
         self._handle(header, blobs, self._frames.size)
-        return True
+
+    def _handle_aside(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
+        """Take an answer that nobody waits to be told about: what is refused counts as never said."""
+        try:
+            read = reading.Reader(header, "framed request")
+            route, argument, query = _target(read.text("request", max_chars=2000))
+            if route == _ASIDE:
+                body, size = read.mapping("body", {}), self._frames.size
+                self._routes[route](
+                    Request(argument, query, body, blobs, size, self._connection, lambda answer: None, self)
+                )
+        except (BrokerError, reading.BadRequest):
+            pass
+        except Exception as error:
+            self._log.defect("framed", error)
 
     def _drop_descriptors(self) -> None:
         """Close what no frame has announced."""
@@ -388,11 +436,14 @@ class FramedConnection:
         elif not self._answering:
             if not self._watcher.active:
                 self._watcher.start(self._readable)
-            if self._frames.started:  # in a later turn: whoever sends many in a row is not the only one served
+            if (
+                self._frames.started or self._next is not None
+            ):  # in a later turn: whoever sends many in a row is not the only one served
                 gevent.get_hub().loop.run_callback(self._take_next)
 
     def _take_next(self) -> None:
-        if not (self._answering or self._outbox.full or self._ended.is_set()):
+        waits = self._answering and (self._next is not None or not self._hears_asides)
+        if not (waits or self._outbox.full or self._ended.is_set()):
             self._take_frames()
 
     def _end(self) -> None:

@@ -42,9 +42,14 @@ def submit_tool_call() -> Response:
 
 @guest_api.get("/tool-calls/<call_id>")
 def read_tool_call(call_id: str) -> Response:
-    """200: ToolCallStatus, after at most ``wait_s``. 404 ``unknown_call``, also for another session's."""
+    """200: ToolCallStatus, after at most ``wait_s``. 404 ``unknown_call``, also for another session's.
+
+    With ``again=1`` a started call is handed to its holder once more, as the same attempt.
+    """
     session = _family().of_call(call_id)
     call = session.core.tool_calls.get(call_id)
+    if "again" in request.args:
+        session.offer_again(call)
     return _status(session.wait_for_call(call, query_number(request.args, "wait_s", 0.0)))
 
 

@@ -229,6 +229,10 @@ class LiveSession:
         )
         return answer
 
+    def offer_again(self, call: ToolCall) -> None:
+        """Hand a call out that went by the lane, where its caller has reason to think that it did not get there."""
+        self.core.tool_calls.offer_again(call)
+
     def wait_for_call_later(self, call: ToolCall, wait_s: float, deliver: Deliver[StatusWithBlobs]) -> Waiter | None:
         """Deliver the outcome of a tool call, or how it stands when the time is up."""
 

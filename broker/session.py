@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from broker.errors import ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
+from broker.errors import BrokerError, ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
 from broker.executions import Execution, ExecutionStore, explain
 from broker.held_files import HeldFiles
 from broker.idleness import Idleness
@@ -27,6 +27,7 @@ from broker.protocol.messages import (
     HeldBy,
     Outcome,
     ToolCallRequest,
+    lane_call_id,
 )
 from broker.stopwatch import Stopwatch
 from broker.tool_calls import Clock, ToolCall, ToolCallQueue
@@ -292,6 +293,11 @@ class Session:
             UnknownTool: This execution has no such tool.
             TooManyCalls: The queue is full.
         """
+        self._check_call(request)
+        return self.tool_calls.submit(request, blobs, size=size, idempotent=request.tool in self._idempotent)
+
+    def _check_call(self, request: ToolCallRequest) -> None:
+        """Refuse what is no call of a tool by the execution that runs."""
         running = self._running
         if running is None or running.execution_id != request.execution_id:
             self._catch_up()
@@ -301,7 +307,6 @@ class Session:
         if request.tool not in self.tool_names:
             names = ", ".join(sorted(self.tool_names)) or "none"
             raise UnknownTool(f"there is no tool {request.tool!r}; the tools of this session: {names[:2000]}")
-        return self.tool_calls.submit(request, blobs, size=size, idempotent=request.tool in self._idempotent)
 
     def interrupt(self, execution: Execution) -> None:
         """Stop an execution at the host's request; one that has ended, or is being stopped, is left alone."""
@@ -315,14 +320,15 @@ class Session:
 
     # What the worker and the supervisor tell.
 
-    def frame_received(self, header: JsonObject, blobs: Blobs) -> None:
-        """Take a frame off the worker's channel."""
+    def frame_received(self, header: JsonObject, blobs: Blobs, size: int = 0) -> None:
+        """Take a frame of so many bytes off the worker's channel."""
+        if header.get("type") == "call":
+            self._called(header, size)
+            return
+        if not self._awaited(header) or self.tool_calls.held:
+            self._catch_up()  # the host's word, which was sent before: of the execution, or of a call's answer
         if not self._awaited(header):
-            self._catch_up()
-        if not self._awaited(header):
-            self._stray_frames += 1
-            if self._stray_frames > MAX_STRAY_FRAMES:
-                self.protocol_broken()
+            self._stray()
             return
         try:
             report = _read_report(header, blobs)
@@ -335,6 +341,26 @@ class Session:
             self._held_back = report
         else:
             self._finish(report)
+
+    def _called(self, header: JsonObject, size: int) -> None:
+        """Take in a tool call that the worker has told the host too, on the lane: there it has begun."""
+        try:
+            request = ToolCallRequest.from_json(header)
+            call_id = lane_call_id(request)
+            if size > limits.MAX_LANE_BYTES:
+                raise reading.BadRequest("too large for the lane")
+            self._check_call(request)
+            idempotent = request.tool in self._idempotent
+            self.tool_calls.begun(call_id, request, size=size, idempotent=idempotent, lease_s=limits.DEFAULT_LEASE_S)
+            self._watch_tools()
+            self._on_deadline()
+        except (BrokerError, reading.BadRequest):
+            self._stray()  # the code made it up, or has too many open; asking for it on the guest plane says so
+
+    def _stray(self) -> None:
+        self._stray_frames += 1
+        if self._stray_frames > MAX_STRAY_FRAMES:
+            self.protocol_broken()
 
     def _awaited(self, header: JsonObject) -> bool:
         """Tell whether a frame is the result of the running execution, and the first one."""

@@ -204,18 +204,46 @@ class ToolCallQueue:
         known = self._by_key.get((request.execution_id, request.key))
         if known is not None:
             return self.get(known)
+        call = self._admitted(f"{self._prefix}{next(self._numbers):x}", request, blobs, size, idempotent)
+        self._queued[call.call_id] = call
+        self._on_queued(call)
+        return call
+
+    def begun(
+        self, call_id: str, request: ToolCallRequest, *, size: int, idempotent: bool, lease_s: float
+    ) -> ToolCall | None:
+        """Take in a call that its holder has from the caller itself, and runs: it counts as started at once.
+
+        Returns:
+            The call, or None where it is known.
+
+        Raises:
+            TooManyCalls: As for ``submit``.
+        """
+        if (request.execution_id, request.key) in self._by_key or self.find(call_id) is not None:
+            return None
+        call = self._admitted(call_id, request, (), size, idempotent)
+        call.state, call.attempt = CallState.STARTED, 1
+        self._lease(call, lease_s)
+        return call
+
+    def offer_again(self, call: ToolCall) -> None:
+        """Hand a started call out once more, as the attempt that it is: its holder may not have heard of it."""
+        if call.state is CallState.STARTED and not call.orphaned and call.call_id not in self._queued:
+            self._queued[call.call_id] = call
+            self._on_queued(call)
+
+    def _admitted(self, call_id: str, request: ToolCallRequest, blobs: Blobs, size: int, idempotent: bool) -> ToolCall:
         if len(self._open) + len(self._unread) >= self._max_open:
             raise TooManyCalls(f"{self._max_open} tool calls are waiting already")
         if self._open and self._open_bytes + size > self._max_open_bytes:
             raise TooManyCalls(f"more than {self._max_open_bytes} bytes of tool arguments are waiting")
         if type(blobs) is BlobFile:
             blobs = self._files.keep(blobs)
-        call = ToolCall(f"{self._prefix}{next(self._numbers):x}", request, blobs, size, idempotent=idempotent)
+        call = ToolCall(call_id, request, blobs, size, idempotent=idempotent)
         self._open[call.call_id] = call
-        self._queued[call.call_id] = call
         self._by_key[request.execution_id, request.key] = call.call_id
         self._open_bytes += size
-        self._on_queued(call)
         return call
 
     def claim(self, *, limit: int, lease_s: float, start: bool = False) -> list[ToolCall]:
@@ -235,11 +263,15 @@ class ToolCallQueue:
                 self.stopped_at_file = True
                 if claimed:
                     break
-            self._move(call, CallState.LEASED)
-            call.attempt += 1
-            self._lease(call, lease_s)
-            if start:
-                self._move(call, CallState.STARTED)
+            if call.state is CallState.STARTED:  # offered again
+                del self._queued[call.call_id]
+                self._lease(call, lease_s)
+            else:
+                self._move(call, CallState.LEASED)
+                call.attempt += 1
+                self._lease(call, lease_s)
+                if start:
+                    self._move(call, CallState.STARTED)
             claimed.append(call)
         return claimed
 
@@ -377,6 +409,7 @@ class ToolCallQueue:
             self._next_lease_end = call.lease_until
 
     def _orphan(self, call: ToolCall) -> None:
+        self._queued.pop(call.call_id, None)  # nobody is to run it who does not know of it
         self._lease(call, limits.ATTACH_GRACE_S if self._grace_s is None else self._grace_s)
         call.orphaned = True
 

@@ -256,7 +256,7 @@ class WorkerLink:
             self._fork.append(header)
             self._started.ring()
         elif self._session is not None:
-            self._session.frame_received(header, blobs)
+            self._session.frame_received(header, blobs, 0 if self._channel is None else self._channel.frame_size)
         elif header.get("type") == "ready" and not self._ready:
             self._ready = True
             self._started.ring()

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
-from broker.protocol import PROTOCOL_VERSION
+from broker.protocol import PROTOCOL_VERSION, limits
 from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
+    Claim,
     ClaimRequest,
     ExecuteRequest,
     HeldBy,
@@ -36,7 +37,7 @@ from host_client.errors import (
     TooManySnapshots,
     UnknownSnapshot,
 )
-from host_client.lane_user import MOST_BYTES, LaneUser
+from host_client.lane_user import LaneUser
 from host_client.program import this_program
 from host_client.transport import Reply, Transport
 
@@ -402,8 +403,8 @@ class HttpBrokerClient:
         path = f"{path}&epoch={self._epoch}"
         size = sum(map(len, blobs))
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * size
-        if on_claims is not None and size + len(request.code) <= MOST_BYTES:
-            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, on_claims)
+        if on_claims is not None and size + len(request.code) <= limits.MAX_LANE_BYTES:
+            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, wanted.limit, on_claims)
             if news is not None:
                 return news
         return self._follow(path, request.to_json(), blobs, timeout_s, on_claims)
@@ -424,6 +425,8 @@ class HttpBrokerClient:
         """See ``BrokerClient.answer``."""
         timeout_s = _PROMPT_S + _SEND_S_PER_BYTE * sum(map(len, blobs))
         path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/result")
+        if self._lanes.answer(call_id, f"POST {path}", result, blobs):
+            return None
         path = f"{path}&claim=1" if claim else path
         reply = _checked(
             self._transport.request(
@@ -464,6 +467,7 @@ class HttpBrokerClient:
         request: ExecuteRequest,
         blobs: Sequence[Blob],
         timeout_s: float,
+        most_calls: int,
         on_claims: Callable[[News], None],
     ) -> News | None:
         """Run an execution by the session's lane; None where it is to be posted in the ordinary way."""
@@ -472,13 +476,17 @@ class HttpBrokerClient:
         def on_reply(reply: Reply) -> bool:
             nonlocal last
             news = _news(reply)
+            self._lanes.note_held(news.progress.claims)
             if news.progress.more:
                 on_claims(news)
                 return False
             last = self._noted(news)
             return True
 
-        found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply)
+        def on_call(claim: Claim) -> None:
+            on_claims(News(Progress(execution_id=claim.execution_id, running=True, claims=(claim,), more=True), ()))
+
+        found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply, on_call, most_calls)
         if isinstance(found, bool):
             return last
         result, received = found

@@ -5,6 +5,7 @@ The reply counts as hostile: its head and its body are bounded, and the whole ex
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -145,6 +146,18 @@ class Exchange:
                 raise TimeoutError("the request was not taken in time") from None
             pieces = [memoryview(pieces[0])[sent:], *pieces[1:]]
         self._send_pieces(pieces)
+
+    def send_at_once(self, frame: bytes) -> bool:
+        """Send a frame, if the kernel takes it now; from any thread, where ``send_frame`` is not used meanwhile.
+
+        A part of a frame that was sent makes the connection useless: it is shut down.
+        """
+        with contextlib.suppress(OSError):
+            sent = self._connection.send(frame, socket.MSG_DONTWAIT)
+            if sent == len(frame):
+                return True
+            self._connection.shutdown(socket.SHUT_RDWR)
+        return False
 
     def receive_frame(self, *, max_bytes: int) -> tuple[dict[str, Any], list[memoryview]]:
         """Return the next frame.

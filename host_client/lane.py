@@ -12,16 +12,15 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.protocol import limits
-from broker.protocol.frames import Blob, FrameAssembler, dump_frame
+from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
 from host_client.http_wire import Exchange
 
-#: A message with more than this goes the ordinary way: what is on the lane leaves at once, and is read at once.
-MOST_BYTES = 32 << 10
 #: Of the worker's frames; it sends no larger ones.
 _MOST_REPLY_BYTES = 128 << 10
 #: Frames of the worker that are not asked for, within one execution. One or two may be late.
@@ -59,6 +58,10 @@ class Lane:
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(exchange.fileno(), select.POLLIN)
         self.pid = os.getpid()
+        # Held while something is sent, and by close(): tools answer from threads of their own. Reentrant, because the
+        # garbage collector may close the session in any thread, also in one that is in here.
+        self._telling = threading.RLock()
+        self._closed = False
 
     @classmethod
     def open(cls, exchange: Exchange, path: str) -> Lane | None:
@@ -77,9 +80,16 @@ class Lane:
 
     def close(self) -> None:
         """Close both connections: the broker takes in hand what it was told and has not seen the end of."""
-        if self.pid == os.getpid():
+        if self.pid != os.getpid():  # after a fork: copies; the lock may be held by a thread that is not here
+            self._close()
+            return
+        with self._telling:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the broker holds a duplicate
+            self._close()
+
+    def _close(self) -> None:
+        self._closed = True
         self._exchange.close()
         self._sock.close()
 
@@ -90,6 +100,7 @@ class Lane:
         execution_id: str,
         timeout_s: float,
         on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool],
+        on_call: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, Any], Sequence[Blob], float] | None:
         """Tell broker and worker of an execution, and wait until one of them answers.
 
@@ -99,6 +110,7 @@ class Lane:
             execution_id: Of the execution.
             timeout_s: For the whole exchange, in seconds.
             on_frame: Takes each reply of the broker; tells whether it was the last one.
+            on_call: Takes each tool call of the worker.
 
         Returns:
             The worker's result, its blobs and how many seconds it took; None where the broker has answered.
@@ -111,8 +123,9 @@ class Lane:
         began = time.monotonic()
         self._strays = 0
         self._exchange.begin(timeout_s)
-        self._exchange.send_frame(announcement)
-        self._send(execution)
+        with self._telling:
+            self._exchange.send_frame(announcement)
+            self._send(execution)
         while True:
             left_s = began + timeout_s - time.monotonic()
             if left_s <= 0:
@@ -122,12 +135,40 @@ class Lane:
             if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
                 return None
             if self._sock.fileno() in ready:
-                found = self._read(execution_id)
+                found = self._read(execution_id, on_call)
                 took_s = time.monotonic() - began
                 if found is not None and took_s >= _TRUSTED_S:
                     raise LaneBroken("the worker's word came late")
                 if found is not None:
                     return (*found, took_s)
+
+    def take_calls(self, execution_id: str, on_call: Callable[[dict[str, Any]], None]) -> None:
+        """Take what the worker has sent and nobody has read, before the lane is closed while the code runs."""
+        with contextlib.suppress(OSError, FrameError):
+            self._read(execution_id, on_call)
+
+    def answer(self, aside: Sequence[Blob], answer: Sequence[Blob]) -> bool:
+        """Tell broker, then worker, of a tool call's answer; from any thread.
+
+        Args:
+            aside: The broker's frame.
+            answer: The worker's.
+
+        Returns:
+            Whether the broker was told; the worker asks it where the lane does not bring the answer.
+        """
+        with self._telling:
+            if self._closed or not self._exchange.send_at_once(b"".join(aside)):
+                return False
+            with contextlib.suppress(OSError):
+                self._send(answer)
+            return True
+
+    def tell(self, frame: Sequence[Blob]) -> None:
+        """Tell the worker something; from any thread."""
+        with self._telling, contextlib.suppress(OSError):
+            if not self._closed:
+                self._send(frame)
 
     def _replies(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
         """Take what the broker has sent, which may be more than one reply; tell whether the last one was among it."""
@@ -149,8 +190,11 @@ class Lane:
         if self._sock.send(frame) != len(frame):
             raise LaneBroken("the worker takes nothing")
 
-    def _read(self, execution_id: str) -> Frame | None:
-        """Return the worker's result of this execution if it is there; whatever else it sends is thrown away."""
+    def _read(self, execution_id: str, on_call: Callable[[dict[str, Any]], None]) -> Frame | None:
+        """Return the worker's result of this execution if it is there; what else it sends is thrown away.
+
+        Its tool calls are for ``on_call``.
+        """
         try:
             data = self._sock.recv(_READ_BYTES)
         except BlockingIOError:
@@ -160,7 +204,10 @@ class Lane:
         self._frames.add(data)
         while (frame := self._frames.next()) is not None:
             if frame[0].get("execution_id") == execution_id:
-                return frame
+                if frame[0].get("type") != "call":
+                    return frame
+                on_call(frame[0])
+                continue
             self._strays += 1
             if self._strays > _MOST_STRAY_FRAMES:
                 raise LaneBroken("the worker says what it was not asked")

@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from broker.protocol import limits
 from broker.protocol.frames import Blob, FrameError, dump_frame
-from broker.protocol.messages import ExecuteRequest, ExecutionResult
+from broker.protocol.messages import (
+    CallState,
+    Claim,
+    ExecuteRequest,
+    ExecutionResult,
+    ToolCallRequest,
+    ToolResult,
+    lane_call_id,
+)
 from broker.protocol.reading import BadRequest
 from host_client.http_wire import BadReply
-from host_client.lane import LEAST_TIMEOUT_S, MOST_BYTES, Lane
+from host_client.lane import LEAST_TIMEOUT_S, Lane
 from host_client.transport import BrokerTimeout, Reply, Transport, read_reply
 
 _OPEN_S = 5.0
@@ -43,6 +52,11 @@ class LaneUser:
         self._breaks = 0
         self._closed = self._over = False
         self.usable = False
+        # Calls that came on a lane and were not answered yet; single operations, which are atomic.
+        self._calls: dict[str, tuple[Lane, str]] = {}
+        # Calls of the running execution that were not answered yet, whichever way they came.
+        self._held: set[str] = set()
+        self._most_calls = 0
 
     def execute(
         self,
@@ -52,6 +66,8 @@ class LaneUser:
         blobs: Sequence[Blob],
         timeout_s: float,
         on_reply: Callable[[Reply], bool],
+        on_call: Callable[[Claim], None],
+        most_calls: int,
     ) -> Worker | bool:
         """Run an execution by the lane.
 
@@ -62,6 +78,8 @@ class LaneUser:
             blobs: Raw parts of its variables.
             timeout_s: For the whole exchange, in seconds.
             on_reply: Takes each reply of the broker, and tells whether it was the last one.
+            on_call: Takes each tool call that comes on the lane.
+            most_calls: How many calls may be held at once, with those that ``note_held`` was told of.
 
         Returns:
             The worker's result with its blobs; True where the broker has answered; False where the execution is to be
@@ -77,7 +95,10 @@ class LaneUser:
         try:
             alone = self._lock.acquire(blocking=False)
             lane = self._ready(session_id, path) if alone else None
-            return lane is not None and self._run(lane, path, request, blobs, timeout_s, on_reply)
+            if lane is None:
+                return False
+            self._held, self._most_calls = set(), most_calls
+            return self._run(lane, path, request, blobs, timeout_s, on_reply, on_call)
         finally:
             if alone:
                 self._lock.release()
@@ -128,19 +149,31 @@ class LaneUser:
         blobs: Sequence[Blob],
         timeout_s: float,
         on_reply: Callable[[Reply], bool],
+        on_call: Callable[[Claim], None],
     ) -> Worker | bool:
         announcement = {"request": f"POST {path}&stream=1&lane=1", "body": request.to_json()}
-        execution = {**request.to_worker(), "pipe": "kept", "sent_at": time.monotonic()}
+        execution = {**request.to_worker(), "pipe": "kept", "calls": True, "sent_at": time.monotonic()}
+
+        goes_on = False
 
         def on_frame(header: dict[str, Any], blobs: Sequence[Blob]) -> bool:
-            return on_reply(read_reply(header, blobs))
+            nonlocal goes_on
+            reply = read_reply(header, blobs)
+            goes_on = reply.header.get("running") is True
+            return on_reply(reply)
+
+        def on_called(header: dict[str, Any]) -> None:
+            self._called(lane, ToolCallRequest.from_json(header), on_call)
 
         announced, told = dump_frame(announcement, blobs), dump_frame(execution, blobs)
-        if max(sum(map(len, announced)), sum(map(len, told))) > MOST_BYTES:
+        if max(sum(map(len, announced)), sum(map(len, told))) > limits.MAX_LANE_BYTES:
             return False
         try:
-            found = lane.run(announced, told, request.execution_id, timeout_s, on_frame)
+            found = lane.run(announced, told, request.execution_id, timeout_s, on_frame, on_called)
             if found is None:
+                if goes_on:  # and is asked about by requests of its own: the worker must not call here any more
+                    lane.take_calls(request.execution_id, on_called)
+                    self._drop()
                 return True
             header, received, took_s = found
             result = ExecutionResult.reported(header)
@@ -157,10 +190,56 @@ class LaneUser:
             self._drop()
             raise
 
+    def _called(self, lane: Lane, call: ToolCallRequest, on_call: Callable[[Claim], None]) -> None:
+        """Hand a tool call over that the worker has made on the lane, where there is room for one more."""
+        call_id = lane_call_id(call)
+        if len(self._held) >= self._most_calls:
+            lane.tell(dump_frame({"type": "answer", "key": call.key, "told": "refused"}))
+            return
+        claim = Claim(
+            call_id=call_id,
+            attempt=1,
+            tool=call.tool,
+            args=call.args,
+            kwargs=call.kwargs,
+            execution_id=call.execution_id,
+            lease_s=limits.DEFAULT_LEASE_S,
+            key=call_id,
+        )
+        self._calls[call_id] = lane, call.key
+        self._held.add(call_id)
+        on_call(claim)
+
+    def note_held(self, claims: Iterable[Claim]) -> None:
+        """Note calls that came from the broker meanwhile."""
+        self._held.update(claim.call_id for claim in claims)
+
+    def answer(self, call_id: str, request: str, result: ToolResult, blobs: Sequence[Blob]) -> bool:
+        """Answer a call that came on the lane, on the same way, if it is one and still can be; from any thread.
+
+        Args:
+            call_id: The call.
+            request: What the broker is to be asked.
+            result: The answer.
+            blobs: Raw parts of its value.
+        """
+        self._held.discard(call_id)
+        lane, key = self._calls.pop(call_id, (None, ""))
+        if lane is None:
+            return False
+        body = result.to_json()
+        answer: Sequence[Blob] = ()
+        if not blobs:
+            state = CallState.DONE if result.error is None else CallState.FAILED
+            answer = dump_frame({"type": "answer", "key": key, "state": state.value, **body})
+            if len(answer[0]) <= limits.MAX_LANE_BYTES and lane.answer(
+                dump_frame({"request": request, "body": body, "aside": True}), answer
+            ):
+                return True
+        lane.tell(dump_frame({"type": "answer", "key": key}))  # the broker brings it
+        return False
+
     def _drop(self) -> None:
         lane, self._lane = self._lane, None
         if lane is not None:
             lane.close()
-
-
-__all__ = ["MOST_BYTES", "LaneUser"]

@@ -87,9 +87,11 @@ class ToolCalls:
         self._invoke, self._threads, self._slots = invoke, threads, slots
         # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
         self._context = contextvars.copy_context()
-        # Guards the five below: a claim is in _held from the moment it is taken until its tool has ended.
+        # Guards the six below: a claim is in _held from the moment it is taken until its tool has ended.
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
+        # Of a call that went by the lane the broker may tell us once more.
+        self._taken: set[tuple[str, int]] = set()
         self._claiming_elsewhere = False
         self._streamed = False
         self._ended = False
@@ -126,10 +128,13 @@ class ToolCalls:
             self._threads.run(partial(self._run, claim, blobs))
 
     def _hold(self, news: News) -> list[tuple[Claim, Sequence[Blob]]]:
-        """Note that these calls are ours; return each with its blobs."""
+        """Note that these calls are ours; return each with its blobs, but none that we had before."""
         with self._lock:
-            self._held.update((claim.call_id, claim.attempt) for claim in news.progress.claims)
-        return [(claim, news.blobs[slice(*claim.blob_range)]) for claim in news.progress.claims]
+            claims = [each for each in news.progress.claims if (each.call_id, each.attempt) not in self._taken]
+            held = [(claim.call_id, claim.attempt) for claim in claims]
+            self._taken.update(held)
+            self._held.update(held)
+        return [(claim, news.blobs[slice(*claim.blob_range)]) for claim in claims]
 
     def end(self) -> None:
         """The execution is over: answers of tools that still run go nowhere."""
@@ -150,7 +155,7 @@ class ToolCalls:
                 news = self._serve(claim, blobs)
             finally:
                 must_claim = self._release(claim)
-            following = self._hold(news)[0] if news is not None and not self._ended else None
+            following = next(iter(self._hold(news)), None) if news is not None and not self._ended else None
         if must_claim:
             self._claim_in_its_stead()
 

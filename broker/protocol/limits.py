@@ -63,6 +63,10 @@ DEFAULT_LEASE_S = 60.0
 #: An execution that is over so soon may tell the host itself (the lane); later the broker has taken it in hand.
 LANE_REPLY_S = 0.01
 
+#: A message with more than this goes the ordinary way: what is on the lane leaves at once (the kernel takes up to so
+#: much of a stream as one piece), and is read at once.
+MAX_LANE_BYTES = 32 << 10
+
 #: How long the broker leaves an execution to the lane before it brings it itself, and reads what it prints.
 LANE_PATIENCE_S = 0.03
 

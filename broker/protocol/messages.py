@@ -25,6 +25,7 @@ from broker.protocol.tool_calls import (
     ToolCallRequest,
     ToolCallStatus,
     ToolResult,
+    lane_call_id,
 )
 from broker.protocol.tools import (
     OutputField,
@@ -53,4 +54,5 @@ __all__ = [
     "ToolParameter",
     "ToolResult",
     "Verdict",
+    "lane_call_id",
 ]

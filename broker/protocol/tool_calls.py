@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from typing import Any
 
 from broker.protocol import limits
 from broker.protocol.executions import ErrorInfo, ExecutionResult
 from broker.protocol.reading import BadRequest, JsonObject, Reader
+
+_LANE_KEY = re.compile(r"[0-9a-f]{1,12}")
+_MOST_ID_CHARS = 64
 
 
 class CallState(str, enum.Enum):
@@ -267,6 +271,18 @@ class ToolCallStatus:
             value=read.raw("value", None),
             error=ErrorInfo.from_json(read.raw("error")) if read.has("error") else None,
         )
+
+
+def lane_call_id(request: ToolCallRequest) -> str:
+    """Return the id of a call that goes by the lane: host and broker, who hear of it apart, must come to the same.
+
+    Raises:
+        BadRequest: Its key is not one of those that the worker counts.
+    """
+    call_id = f"{request.execution_id}-{request.key}"
+    if not _LANE_KEY.fullmatch(request.key) or len(call_id) > _MOST_ID_CHARS:
+        raise BadRequest("tool call: 'key' is none of the lane's")
+    return call_id
 
 
 def _held(pair: Any) -> tuple[str, int]:

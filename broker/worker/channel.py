@@ -66,12 +66,22 @@ class Channel:
 
     def send_now(self, frame: bytes) -> bool:
         """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""
+        if self.send_whole(frame):
+            return True
+        self.end()
+        return False
+
+    def send_whole(self, frame: bytes) -> bool:
+        """Send a frame that the kernel takes as one piece, or nothing at all; tell whether it was sent."""
         with contextlib.suppress(OSError):
-            if self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
-                return True
+            return self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        return False
+
+    def end(self) -> None:
+        """Let nothing more through, in either direction; what was read ahead is forgotten."""
+        self._buffer = b""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        return False
 
     def send(self, header: dict[str, Any], blobs: Sequence[Blob | str] = ()) -> None:
         """Send one frame, large blobs in a file where one can be had.

@@ -7,14 +7,16 @@ not over in a moment. So whatever comes second is thrown away, by its execution'
 
 from __future__ import annotations
 
+import enum
 import os
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from broker.protocol import frames
+from broker.protocol import frames, limits
 from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.worker.channel import Channel
@@ -23,6 +25,14 @@ from broker.worker.channel import Channel
 _REMEMBERED = 64
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
+
+
+class Unanswered(enum.Enum):
+    """Why a tool call has no answer on the lane: what its caller asks the broker then."""
+
+    NOT_TOLD = "nobody knows of it"
+    HOST_NOT_TOLD = "the broker knows of it, but the host may not"
+    LATE = "both know of it; the answer comes from the broker"
 
 
 class Message(NamedTuple):
@@ -53,6 +63,7 @@ class Inbox:
         self._lane: Channel | None = None
         self._poll = select.poll()
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
+        self._asking = self._reading = False
 
     def receive(self, *, takes_lane: bool) -> Message:
         """Wait for the next frame that asks for something new.
@@ -68,14 +79,41 @@ class Inbox:
             kind = message.header["type"]
             if kind == "lane" and not message.on_lane:
                 self._open_lane(message.fd)
-            elif kind != "execute":
+            elif kind != "execute" and not message.on_lane:
                 return message
-            elif message.header["execution_id"] not in self._seen and (takes_lane or not message.on_lane):
+            elif kind == "execute" and self._is_new(message) and (takes_lane or not message.on_lane):
                 if self._lane is not None:
                     self._seen.append(message.header["execution_id"])
                 return message
-            elif message.fd is not None:
+            elif message.fd is not None:  # also of an answer that came too late
                 os.close(message.fd)
+
+    def ask(self, frame: bytes, key: str) -> dict[str, Any] | Unanswered:
+        """Tell broker and host of a tool call, and wait a moment for the host's answer.
+
+        Runs where an interrupt may strike at any instruction: then nothing is torn but the lane, which ends.
+
+        Args:
+            frame: At most ``limits.MAX_LANE_BYTES``, which leave as a whole or not at all.
+            key: The call's.
+
+        Returns:
+            The answer's header, or why there is none here.
+        """
+        lane = self._lane
+        if lane is None or self._asking or not self._channel.send_whole(frame):
+            return Unanswered.NOT_TOLD
+        self._asking = True
+        try:
+            if not lane.send_now(frame):
+                return Unanswered.HOST_NOT_TOLD
+            return self._answer(lane, key)
+        except BaseException:
+            if self._reading:
+                lane.end()  # a part of an answer may be lost
+            raise
+        finally:
+            self._asking = self._reading = False
 
     def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob | str]) -> bytes | None:
         """Return the frame that tells the host a result on the lane, or None where it is the broker's to bring."""
@@ -97,6 +135,32 @@ class Inbox:
     def descriptors(self) -> tuple[int, ...]:
         """Return what is open, for a copy of this process that must not keep it."""
         return (self._channel.fileno(),) if self._lane is None else (self._channel.fileno(), self._lane.fileno())
+
+    def _answer(self, lane: Channel, key: str) -> dict[str, Any] | Unanswered:
+        give_up_at = time.monotonic() + limits.LANE_PATIENCE_S
+        while lane.has_more or (left_s := give_up_at - time.monotonic()) > 0:
+            ready = () if lane.has_more else [fd for fd, _ in self._poll.poll(left_s * 1000)]
+            if self._channel.fileno() in ready:
+                break  # the broker may have ended the lane, or the call
+            self._reading = True
+            try:
+                header, _, fd = lane.receive()
+            except (EOFError, OSError, frames.FrameError):
+                lane.end()
+                return Unanswered.HOST_NOT_TOLD
+            self._reading = False
+            if fd is not None:
+                os.close(fd)
+            if header.get("type") == "answer" and header.get("key") == key:
+                return (
+                    header
+                    if "state" in header
+                    else (Unanswered.HOST_NOT_TOLD if header.get("told") == "refused" else Unanswered.LATE)
+                )
+        return Unanswered.LATE
+
+    def _is_new(self, message: Message) -> bool:
+        return message.header["execution_id"] not in self._seen
 
     def _next(self) -> Message:
         if self._lane is None or self._channel.has_more:

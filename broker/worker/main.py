@@ -73,6 +73,7 @@ class Worker:
             if header["type"] == "fork":
                 self._fork(fd, header["copies"], header["ended"])
                 continue
+            self._calls.lane = self._inbox if on_lane and header.get("calls") is True else None
             ending = self._execute(header, blobs, fd)
             self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
             del ending  # a large value must not stay until the next one
