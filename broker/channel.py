@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
@@ -51,7 +51,7 @@ class Channel:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._reading = False
+        self._reading = self._over = False
         self._on_frame, self._on_broken, self._on_closed = on_frame, on_broken, on_closed
         self._frames = FrameAssembler(MAX_WORKER_FRAME_BYTES, files=True)
         self._fds: list[int] = []
@@ -59,15 +59,14 @@ class Channel:
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(self._readable)
 
-    def send(self, header: JsonObject, blobs: Blobs = (), *, fd: int | None = None) -> None:
-        """Send a frame, with a descriptor and that of the blobs' file. What the kernel does not take now follows later.
+    def send(self, header: JsonObject, blobs: Blobs = (), *, fds: Sequence[int] = ()) -> None:
+        """Send a frame, with descriptors and that of the blobs' file. What the kernel does not take now follows later.
 
         One frame at a time: the worker must have answered the one before.
         """
         if self._outbox.full:
             self._on_broken()  # it reported a result before it had read the whole request
             return
-        fds = [] if fd is None else [fd]
         if isinstance(blobs, BlobFile):
             header, fds = {**header, "file": True, "blobs": blobs.lengths}, [*fds, blobs.fd]
             blobs = ()
@@ -98,45 +97,60 @@ class Channel:
         """Close the channel. Idempotent."""
         if self._sock.fileno() < 0:
             return
+        self._over = True
         self._watcher.stop()
-        self._watcher.close()  # from here on it is not active
+        self._watcher.close()
         self._outbox.close()
         self._sock.close()
         close_all(self._fds)
         self._fds = []
 
-    def read_now(self) -> None:
-        """Take in what has arrived; does nothing within ``on_frame``."""
-        if self._watcher.active and not self._reading:
-            self._readable()
+    def attend(self, wanted: bool) -> None:
+        """See ``lull.Line.attend``."""
+        if self._over:
+            return
+        if wanted:
+            self._watcher.start(self._readable)
+        else:
+            self._watcher.stop()
 
-    def _readable(self) -> None:
+    def read_now(self) -> bool:
+        """Take in what has arrived, and tell whether that was anything; does nothing within ``on_frame``."""
+        return not self._over and not self._reading and self._readable()
+
+    def _readable(self) -> bool:
         self._reading = True
         try:
-            self._read()
+            return self._read()
         finally:
             self._reading = False
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
         left = _MOST_READ_BYTES
         while left > 0 and self._sock.fileno() >= 0:
             wanted = min(max(self._frames.missing, _SMALL_READ_BYTES), left)
             try:
                 data, ancillary, _, _ = self._sock.recvmsg(wanted, ANCILLARY_BYTES, _CLOEXEC)
             except BlockingIOError:
-                return
+                break
             except OSError:
                 data, ancillary = b"", []
             if ancillary:
                 self._fds += descriptors(ancillary)
             if not data:
-                self._watcher.stop()
+                self._stop()
                 self._on_closed()
-                return
+                break
             left -= len(data)
             self._take(data)
             if len(data) < wanted:
-                return
+                break
+        return left < _MOST_READ_BYTES
+
+    def _stop(self) -> None:
+        """Read nothing any more."""
+        self._over = True
+        self._watcher.stop()
 
     def _take(self, data: bytes) -> None:
         self._frames.add(data)
@@ -151,7 +165,7 @@ class Channel:
             if self._fds and (len(self._fds) > 1 or not self._frames.started):
                 raise FrameError("descriptors that no frame has announced")
         except FrameError:
-            self._watcher.stop()
+            self._stop()
             self._on_broken()
 
     def _take_with_file(self, header: JsonObject, _: object) -> None:

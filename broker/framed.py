@@ -114,7 +114,7 @@ def host_routes(sessions: Sessions) -> Routes:
         session = sessions[request.argument]
         host_requests.check_epoch(session, request.query)
         request.framed.hear_asides()
-        request.framed.hand_over(session.open_lane(request.framed.read_now))
+        request.framed.hand_over(session.open_lane(request.framed))
         request.answer(({}, ()))
         return None
 
@@ -185,6 +185,7 @@ class FramedConnection:
         self._answering = False
         self._cancel: Cancel | None = None
         self._hears_asides = False
+        self._attends = True
         # A request that came while another one was being answered; behind it nothing is read.
         self._next: tuple[JsonObject, Sequence[Blob]] | None = None
         self._last = False
@@ -200,13 +201,24 @@ class FramedConnection:
         finally:
             self._close()
 
-    def read_now(self) -> None:
-        """Serve what has arrived, as far as its turn has come."""
-        if self._frames.started or self._next is not None:
+    def read_now(self) -> bool:
+        """Serve what has arrived, as far as its turn has come; tell whether that was anything."""
+        served = self._frames.started or self._next is not None
+        if served:
             self._take_next()
-        while not (self._is_deaf() or self._ended.is_set()):
-            if not self._readable():
-                return
+        while not (self._is_deaf() or self._ended.is_set()) and self._readable():
+            served = True
+        return served
+
+    def attend(self, wanted: bool) -> None:
+        """See ``lull.Line.attend``."""
+        self._attends = wanted
+        if self._ended.is_set():
+            return
+        if not wanted:
+            self._watcher.stop()
+        elif not self._watcher.active:
+            self._watcher.start(self._readable)
 
     def hear_asides(self) -> None:
         """From now on take answers to tool calls also while a request is being answered.
@@ -434,11 +446,10 @@ class FramedConnection:
         if self._last:
             self._end()
         elif not self._answering:
-            if not self._watcher.active:
+            if self._attends and not self._watcher.active:
                 self._watcher.start(self._readable)
-            if (
-                self._frames.started or self._next is not None
-            ):  # in a later turn: whoever sends many in a row is not the only one served
+            if self._frames.started or self._next is not None:
+                # In a later turn: whoever sends many in a row is not the only one served.
                 gevent.get_hub().loop.run_callback(self._take_next)
 
     def _take_next(self) -> None:

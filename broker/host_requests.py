@@ -71,7 +71,7 @@ def execute_later(
         )
     except (BrokerError, reading.BadRequest):
         if wishes.lane:
-            session.worker.close_lane()  # what is refused here must not run there
+            session.end_lane()  # what is refused here must not run there
         raise
     return ending(session, waiter)
 

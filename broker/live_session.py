@@ -13,6 +13,7 @@ from typing import Any
 from broker.errors import BrokerError, SessionLost
 from broker.executions import Execution
 from broker.family import Family
+from broker.lull import Bell, Line, Lull
 from broker.protocol import limits
 from broker.protocol.blob_file import BlobFile, Blobs, as_views
 from broker.protocol.frames import Blob
@@ -80,8 +81,10 @@ class LiveSession:
         self._room = WaitingRoom(clock)
         self.worker, self.family, self.forked_from = worker, family, forked_from
         self.snapshots = Snapshots(session_id)
-        # Reads the connection on which the host announces what it sends on the lane.
-        self._read_host: Callable[[], None] | None = None
+        # The connection on which the host announces what it sends on the lane.
+        self._host: Line | None = None
+        self._bell: Bell | None = None
+        self._lull = Lull(self._lines, self._read_lines)
         self.core = Session(
             session_id,
             family.slot,
@@ -104,7 +107,7 @@ class LiveSession:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
         self.catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected, held_by)
-        self.worker.close_lane()
+        self.end_lane()
         execution = self.core.running or self.core.executions.latest()
         return Attached(
             epoch=self.core.epoch,
@@ -117,7 +120,7 @@ class LiveSession:
         """Let go of the session for whoever holds it; it goes on with what it does."""
         self.catch_up()
         self.core.detach()
-        self.worker.close_lane()
+        self.end_lane()
 
     def resolve_call(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
         """Take the holder's word for a call that an older one had started."""
@@ -156,6 +159,10 @@ class LiveSession:
             on_lane: The worker has it from the host itself, and may answer it itself: then ``None`` is delivered.
         """
         execution = self.core.execute(request, blobs, on_lane=on_lane)
+        if execution.on_lane:
+            self._lull.begin()
+        else:
+            self._lull.end()  # its end is news for us alone
         return self._progress_later(execution, wanted, still_there, deliver, stream=stream, on_lane=on_lane)
 
     def claim(self, wanted: ClaimRequest, still_there: Callable[[], bool]) -> WithBlobs:
@@ -247,27 +254,46 @@ class LiveSession:
 
         return self._room.wait(call.call_id, look, min(wait_s, limits.MAX_WAIT_S))
 
-    def open_lane(self, read_host: Callable[[], None]) -> socket.socket:
+    def open_lane(self, host: Line) -> socket.socket:
         """Make a lane from the host to the worker; return the host's end.
 
         Args:
-            read_host: Reads what has arrived on the connection that this was asked on, on which the host will announce
-                what it sends on the lane.
+            host: The connection that this was asked on, on which the host will announce what it sends on the lane.
 
         Raises:
             SessionLost: There is no worker any more.
         """
         if self.core.lost is not None:
             raise SessionLost(self.core.lost)
-        self._read_host = read_host
-        return self.worker.open_lane()
+        self._lull.end()
+        self._host = host
+        if self._bell is None:
+            self._bell = Bell(self._rung)
+        return self.worker.open_lane(self._bell)
 
     def catch_up(self) -> None:
         """Somebody speaks of what has not been read yet: read what came before it, in order."""
-        if self._read_host is not None:
-            self.worker.read_now()
-            self._room.answer_rung()
-            self._read_host()
+        self._read_lines()
+
+    def end_lane(self) -> None:
+        """End the lane: nothing runs that comes on it from now on."""
+        self._lull.end()
+        self.worker.close_lane()
+
+    def _lines(self) -> tuple[Line, ...]:
+        return (self.worker,) if self._host is None else (self.worker, self._host)
+
+    def _read_lines(self) -> bool:
+        if self._host is None:
+            return False
+        from_worker = self.worker.read_now()
+        self._room.answer_rung()
+        return self._host.read_now() or from_worker
+
+    def _rung(self) -> None:
+        """The worker has told us what it has told nobody else."""
+        self._lull.end()
+        self._read_lines()
 
     def stop_waiting(self, waiter: Waiter) -> None:
         """Forget a request whose connection is gone."""
@@ -275,6 +301,7 @@ class LiveSession:
 
     def use_worker(self, worker: WorkerLink) -> None:
         """Go on with another worker, in place of the one before, which is ended."""
+        self._lull.end()
         old, self.worker = self.worker, worker
         self.family.belongs(old, None)
         self.family.belongs(worker, self)
@@ -287,6 +314,9 @@ class LiveSession:
         self.core.close()
         self._room.close()
         self._alarm.close()
+        self._lull.close()
+        if self._bell is not None:
+            self._bell.close()
         self.core.files.close()
 
     def _progress_later(

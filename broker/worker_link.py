@@ -12,11 +12,12 @@ import gevent
 
 from broker.channel import Channel
 from broker.errors import ForkFailed, SessionBusy, SessionStartFailed
+from broker.lull import Bell
 from broker.output import Output, OutputPipes
 from broker.protocol.blob_file import Blobs
 from broker.session import EXIT_REASON_WAIT_S, Session
 from broker.spawner import WorkerSpawner
-from broker.waiting import Bell
+from broker.waiting import Bell as WaitingBell
 
 JsonObject = dict[str, Any]
 
@@ -50,7 +51,7 @@ class WorkerLink:
         self._pipes = OutputPipes(self._overflowed)
         self._ready = False
         self._failure: str | None = None
-        self._started = Bell()
+        self._started = WaitingBell()
         # Set while the worker forks: its answer, once it is there.
         self._fork: list[JsonObject] | None = None
         self._watcher: Callable[[str], None] | None = None
@@ -113,7 +114,9 @@ class WorkerLink:
         try:
             with theirs:
                 ended, self._ended_copies = self._ended_copies, []
-                self._channel.send({"type": "fork", "copies": sorted(self._copies), "ended": ended}, fd=theirs.fileno())
+                self._channel.send(
+                    {"type": "fork", "copies": sorted(self._copies), "ended": ended}, fds=[theirs.fileno()]
+                )
             failure = copy.adopt(ours, self)
             return self._forked(failure)
         except BaseException:
@@ -168,7 +171,7 @@ class WorkerLink:
             self._channel.send({**header, "pipe": "kept"}, blobs)
             return
         pipe = self._pipes.open(max_output_bytes)
-        self._channel.send({**header, "pipe": "new"}, blobs, fd=pipe.write_end)
+        self._channel.send({**header, "pipe": "new"}, blobs, fds=[pipe.write_end])
         pipe.close_write_end()
         gevent.get_hub().loop.run_callback(self._pipes.prepare)  # while the worker works
 
@@ -182,10 +185,13 @@ class WorkerLink:
         self._pipes.watch()
         self._channel.send({**header, "pipe": "kept"}, blobs)
 
-    def open_lane(self) -> socket.socket:
+    def open_lane(self, bell: Bell) -> socket.socket:
         """Give the worker one end of a socket pair, and return the other one, for the host; the lane before it ends.
 
         Ours is a duplicate, with which the lane can be ended whoever holds the other.
+
+        Args:
+            bell: For the worker, to ring where it has told us what it has not told the host.
         """
         assert self._channel is not None
         if self._channel.full:
@@ -193,7 +199,7 @@ class WorkerLink:
         self._shut_lane()  # without a word: the worker takes the new one in its place
         hosts, workers = socket.socketpair()
         with workers:
-            self._channel.send({"type": "lane", "fd": True}, fd=workers.fileno())
+            self._channel.send({"type": "lane", "fd": True, "bell": True}, fds=[workers.fileno(), bell.fileno()])
         self._lane = hosts.dup()
         return hosts
 
@@ -213,10 +219,14 @@ class WorkerLink:
                 lane.shutdown(socket.SHUT_RDWR)
             lane.close()
 
-    def read_now(self) -> None:
-        """Take in what the worker has sent."""
+    def read_now(self) -> bool:
+        """Take in what the worker has sent; tell whether that was anything."""
+        return self._channel is not None and self._channel.read_now()
+
+    def attend(self, wanted: bool) -> None:
+        """See ``lull.Line.attend``."""
         if self._channel is not None:
-            self._channel.read_now()
+            self._channel.attend(wanted)
 
     def interrupt(self) -> None:
         """Send SIGINT to the worker."""

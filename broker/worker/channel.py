@@ -53,6 +53,8 @@ class Channel:
         header, blobs = frames.read_frame(self._read_exactly)
         # By what the header says: one read may have brought the descriptor of the next frame too.
         fd = self._fds.pop(0) if self._fds and _brings_descriptor(header) else None
+        if header.get("bell") is True:
+            header["bell"] = self._fds.pop(0) if self._fds else None
         if header.get("file") is True:
             file = BlobFile(self._fds.pop(0), header["blobs"])
             blobs = list(file.views())

@@ -7,10 +7,12 @@ not over in a moment. So whatever comes second is thrown away, by its execution'
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import select
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,6 +25,8 @@ from broker.worker.channel import Channel
 
 #: One execution runs at a time, so that at most the last few can come once more.
 _REMEMBERED = 64
+#: What an eventfd takes.
+_ONE = (1).to_bytes(8, sys.byteorder)
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
 
@@ -61,6 +65,7 @@ class Inbox:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._lane: Channel | None = None
+        self._bell: int | None = None
         self._poll = select.poll()
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
         self._asking = self._reading = False
@@ -78,7 +83,7 @@ class Inbox:
             message = self._next()
             kind = message.header["type"]
             if kind == "lane" and not message.on_lane:
-                self._open_lane(message.fd)
+                self._open_lane(message.fd, message.header.get("bell"))
             elif kind != "execute" and not message.on_lane:
                 return message
             elif kind == "execute" and self._is_new(message) and (takes_lane or not message.on_lane):
@@ -127,14 +132,22 @@ class Inbox:
         if self._lane is not None:
             self._lane.send_now(frame)
 
+    def ring(self) -> None:
+        """Wake the broker: while the lane is in use, it does not look at each frame as it comes."""
+        if self._bell is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._bell, _ONE)
+
     def close(self) -> None:
         """Close both ends here."""
         self._channel.close()
         self._close_lane()
+        self._replace_bell(None)
 
     def descriptors(self) -> tuple[int, ...]:
         """Return what is open, for a copy of this process that must not keep it."""
-        return (self._channel.fileno(),) if self._lane is None else (self._channel.fileno(), self._lane.fileno())
+        lane = () if self._lane is None else (self._lane.fileno(),)
+        return (self._channel.fileno(), *lane, *(() if self._bell is None else (self._bell,)))
 
     def _answer(self, lane: Channel, key: str) -> dict[str, Any] | Unanswered:
         give_up_at = time.monotonic() + limits.LANE_PATIENCE_S
@@ -176,8 +189,9 @@ class Inbox:
             return self._next()
         return Message(header, blobs, fd, on_lane=True)
 
-    def _open_lane(self, fd: int | None) -> None:
+    def _open_lane(self, fd: int | None, bell: int | None) -> None:
         self._close_lane()  # what is left unread in there the broker sends again
+        self._replace_bell(bell)
         if fd is not None:
             self._lane = Channel(socket.socket(fileno=fd))
             for each in (self._channel, self._lane):
@@ -188,3 +202,8 @@ class Inbox:
             self._poll.unregister(self._lane.fileno())
             self._lane.close()
             self._lane = None
+
+    def _replace_bell(self, bell: int | None) -> None:
+        if self._bell is not None:
+            os.close(self._bell)
+        self._bell = bell

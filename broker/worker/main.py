@@ -117,6 +117,7 @@ class Worker:
             if fd is not None:
                 os.close(fd)
             self._channel.send({"type": "forked", "not_kept": lacks, "error": error})
+            self._inbox.ring()
 
     def _become_copy(self, fd: int) -> None:
         self._current.in_child = self._keeps_pipe = False  # a worker, where ``_after_fork`` saw a child
@@ -175,6 +176,8 @@ class Worker:
         if frame is not None:
             # Last: what the host does because of it, the broker sees after this execution's end.
             self._inbox.send_on_lane(frame)
+        else:
+            self._inbox.ring()
 
     def _cut_off(self) -> None:
         """SUBMIT holds: what is printed from now on goes nowhere, and nobody waits for a tool."""
