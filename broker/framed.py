@@ -295,28 +295,29 @@ class FramedConnection:
 
     def _take_frame(self) -> bool:
         """Serve the next request; tell whether there was one."""
-        if self._next is not None and not self._answering:
-            (header, blobs), self._next = self._next, None
-            self._answering = True
-            self._handle_frame(header, blobs)
-            return True
         try:
-            frame = self._frames.next()
+            frame = self._next_frame()
         except FrameError as error:
             self._last = True
             self._send(*_failed(BadRequest(f"malformed frame: {error}")))
             return True
         if frame is None:
             return False
-        header, blobs = frame
-        if self._hears_asides and header.get("aside") is True:
-            self._handle_aside(header, blobs)
-        elif self._answering:
+        if self._answering:
             self._next = frame
         else:
             self._answering = True
-            self._handle_frame(header, blobs)
+            self._handle_frame(*frame)
         return True
+
+    def _next_frame(self) -> tuple[JsonObject, Sequence[Blob]] | None:
+        """Return the next request, after taking the asides before it."""
+        if self._next is not None:
+            frame, self._next = self._next, None
+            return frame
+        while (read := self._frames.next()) is not None and self._hears_asides and read[0].get("aside") is True:
+            self._handle_aside(*read)
+        return read
 
     def _handle_frame(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         """Serve a request; it is the frame that was read last."""

@@ -268,10 +268,13 @@ class Sessions:
         Raises:
             UnknownCall: Never made, or forgotten since.
         """
-        for session in self:
-            call = session.core.tool_calls.find(call_id)
-            if call is not None:
-                return session, call
+        for catches_up in (False, True):  # of a call on the lane the host may know before we have read of it
+            for session in list(self):
+                if catches_up:
+                    session.catch_up()
+                call = session.core.tool_calls.find(call_id)
+                if call is not None:
+                    return session, call
         raise UnknownCall(f"no tool call {call_id[:64]!r}")
 
     def of_guest(self, peer: Peer) -> Family:

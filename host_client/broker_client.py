@@ -404,7 +404,7 @@ class HttpBrokerClient:
         size = sum(map(len, blobs))
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * size
         if on_claims is not None and size + len(request.code) <= limits.MAX_LANE_BYTES:
-            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, wanted.limit, on_claims)
+            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, on_claims)
             if news is not None:
                 return news
         return self._follow(path, request.to_json(), blobs, timeout_s, on_claims)
@@ -467,7 +467,6 @@ class HttpBrokerClient:
         request: ExecuteRequest,
         blobs: Sequence[Blob],
         timeout_s: float,
-        most_calls: int,
         on_claims: Callable[[News], None],
     ) -> News | None:
         """Run an execution by the session's lane; None where it is to be posted in the ordinary way."""
@@ -476,7 +475,6 @@ class HttpBrokerClient:
         def on_reply(reply: Reply) -> bool:
             nonlocal last
             news = _news(reply)
-            self._lanes.note_held(news.progress.claims)
             if news.progress.more:
                 on_claims(news)
                 return False
@@ -486,7 +484,7 @@ class HttpBrokerClient:
         def on_call(claim: Claim) -> None:
             on_claims(News(Progress(execution_id=claim.execution_id, running=True, claims=(claim,), more=True), ()))
 
-        found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply, on_call, most_calls)
+        found = self._lanes.execute(session_id, path, request, blobs, timeout_s, on_reply, on_call)
         if isinstance(found, bool):
             return last
         result, received = found

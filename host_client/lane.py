@@ -31,6 +31,9 @@ _READ_BYTES = 64 << 10
 #: The worker says nothing on the lane after ``limits.LANE_REPLY_S``; much later than that its word is stale.
 _TRUSTED_S = LEAST_TIMEOUT_S / 2
 
+#: Within which code that waits for an answer reads from the lane; threads that wait for each other may take a while.
+_READ_WITHIN_S = 1.0
+
 Frame = tuple[dict[str, Any], Sequence[Blob]]
 
 
@@ -57,6 +60,8 @@ class Lane:
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(exchange.fileno(), select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock.fileno(), select.POLLOUT)
         self.pid = os.getpid()
         # Held while something is sent, and by close(): tools answer from threads of their own. Reentrant, because the
         # garbage collector may close the session in any thread, also in one that is in here.
@@ -100,7 +105,7 @@ class Lane:
         execution_id: str,
         timeout_s: float,
         on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool],
-        on_call: Callable[[dict[str, Any]], None],
+        on_call: Callable[[dict[str, Any], int], None],
     ) -> tuple[dict[str, Any], Sequence[Blob], float] | None:
         """Tell broker and worker of an execution, and wait until one of them answers.
 
@@ -110,7 +115,7 @@ class Lane:
             execution_id: Of the execution.
             timeout_s: For the whole exchange, in seconds.
             on_frame: Takes each reply of the broker; tells whether it was the last one.
-            on_call: Takes each tool call of the worker.
+            on_call: Takes each tool call of the worker, and its size in bytes.
 
         Returns:
             The worker's result, its blobs and how many seconds it took; None where the broker has answered.
@@ -142,7 +147,7 @@ class Lane:
                 if found is not None:
                     return (*found, took_s)
 
-    def take_calls(self, execution_id: str, on_call: Callable[[dict[str, Any]], None]) -> None:
+    def take_calls(self, execution_id: str, on_call: Callable[[dict[str, Any], int], None]) -> None:
         """Take what the worker has sent and nobody has read, before the lane is closed while the code runs."""
         with contextlib.suppress(OSError, FrameError):
             self._read(execution_id, on_call)
@@ -160,15 +165,14 @@ class Lane:
         with self._telling:
             if self._closed or not self._exchange.send_at_once(b"".join(aside)):
                 return False
-            with contextlib.suppress(OSError):
-                self._send(answer)
+            self._send_soon(answer)
             return True
 
     def tell(self, frame: Sequence[Blob]) -> None:
         """Tell the worker something; from any thread."""
-        with self._telling, contextlib.suppress(OSError):
+        with self._telling:
             if not self._closed:
-                self._send(frame)
+                self._send_soon(frame)
 
     def _replies(self, execution_id: str, on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool]) -> bool:
         """Take what the broker has sent, which may be more than one reply; tell whether the last one was among it."""
@@ -190,7 +194,15 @@ class Lane:
         if self._sock.send(frame) != len(frame):
             raise LaneBroken("the worker takes nothing")
 
-    def _read(self, execution_id: str, on_call: Callable[[dict[str, Any]], None]) -> Frame | None:
+    def _send_soon(self, frame: Sequence[Blob]) -> None:
+        """Send while code runs, which may be slow to read; end the lane where it does not read at all."""
+        joined = b"".join(frame)
+        with contextlib.suppress(OSError):
+            if self._writable.poll(_READ_WITHIN_S * 1000) and self._sock.send(joined) == len(joined):
+                return
+            self._sock.shutdown(socket.SHUT_RDWR)  # whoever waits for this asks the broker then
+
+    def _read(self, execution_id: str, on_call: Callable[[dict[str, Any], int], None]) -> Frame | None:
         """Return the worker's result of this execution if it is there; what else it sends is thrown away.
 
         Its tool calls are for ``on_call``.
@@ -206,7 +218,7 @@ class Lane:
             if frame[0].get("execution_id") == execution_id:
                 if frame[0].get("type") != "call":
                     return frame
-                on_call(frame[0])
+                on_call(frame[0], self._frames.size)
                 continue
             self._strays += 1
             if self._strays > _MOST_STRAY_FRAMES:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from broker.protocol import limits
@@ -29,7 +29,18 @@ _OPEN_S = 5.0
 #: A lane that breaks so often is of no use to this session: its code closes it on purpose.
 _MOST_BREAKS = 5
 
+#: Of calls that wait for an answer; their arguments are held here, where the broker would hold them else.
+_MOST_OPEN_BYTES = 4 << 20
+
 Worker = tuple[ExecutionResult, Sequence[Blob]]
+
+
+class _Call(NamedTuple):
+    """A tool call that came on a lane."""
+
+    lane: Lane
+    key: str
+    size: int
 
 
 class LaneUser:
@@ -52,11 +63,10 @@ class LaneUser:
         self._breaks = 0
         self._closed = self._over = False
         self.usable = False
-        # Calls that came on a lane and were not answered yet; single operations, which are atomic.
-        self._calls: dict[str, tuple[Lane, str]] = {}
-        # Calls of the running execution that were not answered yet, whichever way they came.
-        self._held: set[str] = set()
-        self._most_calls = 0
+        # Guards the two below: the running execution's calls that came on its lane and were not answered yet.
+        self._calls_lock = threading.Lock()
+        self._calls: dict[str, _Call] = {}
+        self._open_bytes = 0
 
     def execute(
         self,
@@ -67,7 +77,6 @@ class LaneUser:
         timeout_s: float,
         on_reply: Callable[[Reply], bool],
         on_call: Callable[[Claim], None],
-        most_calls: int,
     ) -> Worker | bool:
         """Run an execution by the lane.
 
@@ -79,7 +88,6 @@ class LaneUser:
             timeout_s: For the whole exchange, in seconds.
             on_reply: Takes each reply of the broker, and tells whether it was the last one.
             on_call: Takes each tool call that comes on the lane.
-            most_calls: How many calls may be held at once, with those that ``note_held`` was told of.
 
         Returns:
             The worker's result with its blobs; True where the broker has answered; False where the execution is to be
@@ -95,10 +103,9 @@ class LaneUser:
         try:
             alone = self._lock.acquire(blocking=False)
             lane = self._ready(session_id, path) if alone else None
-            if lane is None:
-                return False
-            self._held, self._most_calls = set(), most_calls
-            return self._run(lane, path, request, blobs, timeout_s, on_reply, on_call)
+            with self._calls_lock:  # of the execution before: whoever still answers those asks the broker
+                self._calls, self._open_bytes = {}, 0
+            return lane is not None and self._run(lane, path, request, blobs, timeout_s, on_reply, on_call)
         finally:
             if alone:
                 self._lock.release()
@@ -162,8 +169,8 @@ class LaneUser:
             goes_on = reply.header.get("running") is True
             return on_reply(reply)
 
-        def on_called(header: dict[str, Any]) -> None:
-            self._called(lane, ToolCallRequest.from_json(header), on_call)
+        def on_called(header: dict[str, Any], size: int) -> None:
+            self._called(lane, ToolCallRequest.from_json(header), size, on_call)
 
         announced, told = dump_frame(announcement, blobs), dump_frame(execution, blobs)
         if max(sum(map(len, announced)), sum(map(len, told))) > limits.MAX_LANE_BYTES:
@@ -190,10 +197,15 @@ class LaneUser:
             self._drop()
             raise
 
-    def _called(self, lane: Lane, call: ToolCallRequest, on_call: Callable[[Claim], None]) -> None:
+    def _called(self, lane: Lane, call: ToolCallRequest, size: int, on_call: Callable[[Claim], None]) -> None:
         """Hand a tool call over that the worker has made on the lane, where there is room for one more."""
         call_id = lane_call_id(call)
-        if len(self._held) >= self._most_calls:
+        with self._calls_lock:
+            fits = len(self._calls) < limits.MAX_PENDING_TOOL_CALLS and self._open_bytes + size <= _MOST_OPEN_BYTES
+            if fits:
+                self._calls[call_id] = _Call(lane, call.key, size)
+                self._open_bytes += size
+        if not fits:
             lane.tell(dump_frame({"type": "answer", "key": call.key, "told": "refused"}))
             return
         claim = Claim(
@@ -206,13 +218,7 @@ class LaneUser:
             lease_s=limits.DEFAULT_LEASE_S,
             key=call_id,
         )
-        self._calls[call_id] = lane, call.key
-        self._held.add(call_id)
         on_call(claim)
-
-    def note_held(self, claims: Iterable[Claim]) -> None:
-        """Note calls that came from the broker meanwhile."""
-        self._held.update(claim.call_id for claim in claims)
 
     def answer(self, call_id: str, request: str, result: ToolResult, blobs: Sequence[Blob]) -> bool:
         """Answer a call that came on the lane, on the same way, if it is one and still can be; from any thread.
@@ -223,10 +229,12 @@ class LaneUser:
             result: The answer.
             blobs: Raw parts of its value.
         """
-        self._held.discard(call_id)
-        lane, key = self._calls.pop(call_id, (None, ""))
-        if lane is None:
-            return False
+        with self._calls_lock:
+            call = self._calls.pop(call_id, None)
+            if call is None:
+                return False
+            self._open_bytes -= call.size
+        lane, key, _ = call
         body = result.to_json()
         answer: Sequence[Blob] = ()
         if not blobs:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import threading
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,6 +42,8 @@ POLL_S = min(limits.DEFAULT_LEASE_S / 3, limits.MAX_WAIT_S)
 _MAX_MESSAGE_CHARS = 100_000
 
 Invoke = Callable[[str, list[Any], dict[str, Any]], Any]
+#: A claim with its blobs.
+_Held = tuple[Claim, Sequence[Blob]]
 
 
 class ToolCalls:
@@ -87,11 +90,14 @@ class ToolCalls:
         self._invoke, self._threads, self._slots = invoke, threads, slots
         # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
         self._context = contextvars.copy_context()
-        # Guards the six below: a claim is in _held from the moment it is taken until its tool has ended.
+        # Guards the eight below: a claim is in _held from the moment it is taken until its tool has ended.
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
         # Of a call that went by the lane the broker may tell us once more.
         self._taken: set[tuple[str, int]] = set()
+        # Calls that went by the lane come without being asked for: those that no slot is free for wait here.
+        self._running = 0
+        self._backlog: deque[_Held] = deque()
         self._claiming_elsewhere = False
         self._streamed = False
         self._ended = False
@@ -116,7 +122,7 @@ class ToolCalls:
         """Return the next claim request of the thread that waits for the execution."""
         with self._lock:
             limit = 0 if self._claiming_elsewhere else self._slots - (0 if self._streamed else len(self._held))
-            return self._request(limit, wait_s)
+            return self._request(max(0, limit), wait_s)
 
     def take(self, news: News) -> None:
         """Start the claimed tools."""
@@ -125,9 +131,16 @@ class ToolCalls:
         if news.progress.lost:
             log.debug("no longer ours to answer: %s", news.progress.lost)
         for claim, blobs in self._hold(news):
-            self._threads.run(partial(self._run, claim, blobs))
+            with self._lock:
+                waits = self._running >= self._slots
+                if waits:
+                    self._backlog.append((claim, blobs))
+                else:
+                    self._running += 1
+            if not waits:
+                self._threads.run(partial(self._run, claim, blobs))
 
-    def _hold(self, news: News) -> list[tuple[Claim, Sequence[Blob]]]:
+    def _hold(self, news: News) -> list[_Held]:
         """Note that these calls are ours; return each with its blobs, but none that we had before."""
         with self._lock:
             claims = [each for each in news.progress.claims if (each.call_id, each.attempt) not in self._taken]
@@ -148,16 +161,32 @@ class ToolCalls:
     def _run(self, claim: Claim, blobs: Sequence[Blob]) -> None:
         """Serve a call, and as long as others wait, the next one that comes with the reply to each answer."""
         must_claim = False
-        following: tuple[Claim, Sequence[Blob]] | None = (claim, blobs)
-        while following is not None:
-            (claim, blobs), news = following, None
-            try:
-                news = self._serve(claim, blobs)
-            finally:
-                must_claim = self._release(claim)
-            following = next(iter(self._hold(news)), None) if news is not None and not self._ended else None
+        following: _Held | None = (claim, blobs)
+        try:
+            while following is not None:
+                (claim, blobs), news = following, None
+                try:
+                    news = self._serve(claim, blobs)
+                finally:
+                    must_claim = self._release(claim)
+                following = self._following(news)
+        except BaseException:
+            with self._lock:
+                self._running -= 1
+            raise
         if must_claim:
             self._claim_in_its_stead()
+
+    def _following(self, news: News | None) -> _Held | None:
+        """Return the next call for the same thread; where there is none, its slot is free."""
+        claimed = self._hold(news) if news is not None and not self._ended else []
+        if claimed:
+            return claimed[0]
+        with self._lock:
+            if self._backlog and not self._ended and self._fatal is None:
+                return self._backlog.popleft()
+            self._running -= 1
+            return None
 
     def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> News | None:
         """Record, run, record, answer: in this order, and no step where the one before failed.

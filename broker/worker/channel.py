@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,13 +29,15 @@ class FrameTooLarge(ValueError):
 
 
 class Channel:
-    """The worker's end of the socket pair; used by the main thread only."""
+    """The worker's end of a socket pair: one thread reads, any thread sends."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
         self._sock = sock
         self._buffer = b""
         self._fds: list[int] = []
+        # Threads tell of their tool calls while the main thread tells a result.
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -68,15 +71,16 @@ class Channel:
 
     def send_now(self, frame: bytes) -> bool:
         """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""
-        if self.send_whole(frame):
-            return True
+        with contextlib.suppress(OSError), self._sending:
+            if self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
+                return True
         self.end()
         return False
 
     def send_whole(self, frame: bytes) -> bool:
         """Send a frame that the kernel takes as one piece, or nothing at all; tell whether it was sent."""
-        with contextlib.suppress(OSError):
-            return self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        with contextlib.suppress(OSError), self._sending:
+            return self._sock.send(frame) == len(frame)
         return False
 
     def end(self) -> None:
@@ -119,13 +123,14 @@ class Channel:
             raise FrameTooLarge(f"a frame of {size:,} bytes")
         if frames.containers(bytes(pieces[0])) > limits.MAX_JSON_CONTAINERS:
             raise FrameTooLarge(f"a frame of more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts")
-        if file is not None:
-            sent = self._sock.sendmsg(pieces, rights([file.fd]))
-            pieces = [memoryview(pieces[0])[sent:]]
-        elif len(pieces) > 1 and size <= _JOIN_BYTES:
-            pieces = [b"".join(pieces)]
-        for piece in pieces:
-            self._sock.sendall(piece)
+        with self._sending:
+            if file is not None:
+                sent = self._sock.sendmsg(pieces, rights([file.fd]))
+                pieces = [memoryview(pieces[0])[sent:]]
+            elif len(pieces) > 1 and size <= _JOIN_BYTES:
+                pieces = [b"".join(pieces)]
+            for piece in pieces:
+                self._sock.sendall(piece)
 
     def _read_exactly(self, size: int) -> Blob:
         if len(self._buffer) >= size:

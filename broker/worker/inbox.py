@@ -8,17 +8,16 @@ not over in a moment. So whatever comes second is thrown away, by its execution'
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import select
+import signal
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from broker.protocol import frames, limits
+from broker.protocol import frames
 from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.worker.channel import Channel
@@ -26,17 +25,9 @@ from broker.worker.channel import Channel
 #: One execution runs at a time, so that at most the last few can come once more.
 _REMEMBERED = 64
 #: What an eventfd takes.
-_ONE = (1).to_bytes(8, sys.byteorder)
+ONE = (1).to_bytes(8, sys.byteorder)
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
-
-
-class Unanswered(enum.Enum):
-    """Why a tool call has no answer on the lane: what its caller asks the broker then."""
-
-    NOT_TOLD = "nobody knows of it"
-    HOST_NOT_TOLD = "the broker knows of it, but the host may not"
-    LATE = "both know of it; the answer comes from the broker"
 
 
 class Message(NamedTuple):
@@ -68,7 +59,8 @@ class Inbox:
         self._bell: int | None = None
         self._poll = select.poll()
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
-        self._asking = self._reading = False
+        # What the broker has said while code ran, other than what is thrown away.
+        self._kept: deque[Message] = deque()
 
     def receive(self, *, takes_lane: bool) -> Message:
         """Wait for the next frame that asks for something new.
@@ -80,45 +72,46 @@ class Inbox:
             EOFError: The broker closed the channel.
         """
         while True:
-            message = self._next()
-            kind = message.header["type"]
-            if kind == "lane" and not message.on_lane:
-                self._open_lane(message.fd, message.header.get("bell"))
-            elif kind != "execute" and not message.on_lane:
-                return message
-            elif kind == "execute" and self._is_new(message) and (takes_lane or not message.on_lane):
-                if self._lane is not None:
+            message = self._kept.popleft() if self._kept else self._next()
+            if self._is_wanted(message, takes_lane):
+                if self._lane is not None and message.header["type"] == "execute":
                     self._seen.append(message.header["execution_id"])
                 return message
-            elif message.fd is not None:  # also of an answer that came too late
-                os.close(message.fd)
 
-    def ask(self, frame: bytes, key: str) -> dict[str, Any] | Unanswered:
-        """Tell broker and host of a tool call, and wait a moment for the host's answer.
+    @property
+    def lane(self) -> Channel | None:
+        """The lane, while there is one."""
+        return self._lane
 
-        Runs where an interrupt may strike at any instruction: then nothing is torn but the lane, which ends.
+    def tell_broker(self, frame: bytes) -> bool:
+        """Send a small frame as a whole; tell whether it was sent."""
+        return self._channel.send_whole(frame)
 
-        Args:
-            frame: At most ``limits.MAX_LANE_BYTES``, which leave as a whole or not at all.
-            key: The call's.
+    def skim(self) -> None:
+        """Read what the broker says while code runs, and keep what asks for something new.
 
-        Returns:
-            The answer's header, or why there is none here.
+        An interrupt waits meanwhile: a frame read by halves would be the end of the session.
         """
-        lane = self._lane
-        if lane is None or self._asking or not self._channel.send_whole(frame):
-            return Unanswered.NOT_TOLD
-        self._asking = True
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         try:
-            if not lane.send_now(frame):
-                return Unanswered.HOST_NOT_TOLD
-            return self._answer(lane, key)
-        except BaseException:
-            if self._reading:
-                lane.end()  # a part of an answer may be lost
-            raise
+            while True:
+                message = Message(*self._channel.receive(), on_lane=False)
+                if self._is_wanted(message, takes_lane=False):
+                    self._kept.append(message)
+                if not self._channel.has_more:
+                    return
+        except (EOFError, ConnectionError):
+            self._close_lane()  # who waits asks the broker, and finds that it is gone
         finally:
-            self._asking = self._reading = False
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def drop_lane(self) -> None:
+        """Go on without a lane: the host's end is closed, or what came is no frame."""
+        self._close_lane()
+
+    def fileno(self) -> int:
+        """Return the channel's descriptor."""
+        return self._channel.fileno()
 
     def lane_frame(self, header: dict[str, Any], blobs: Sequence[Blob | str]) -> bytes | None:
         """Return the frame that tells the host a result on the lane, or None where it is the broker's to bring."""
@@ -136,7 +129,7 @@ class Inbox:
         """Wake the broker: while the lane is in use, it does not look at each frame as it comes."""
         if self._bell is not None:
             with contextlib.suppress(OSError):
-                os.write(self._bell, _ONE)
+                os.write(self._bell, ONE)
 
     def close(self) -> None:
         """Close both ends here."""
@@ -149,31 +142,19 @@ class Inbox:
         lane = () if self._lane is None else (self._lane.fileno(),)
         return (self._channel.fileno(), *lane, *(() if self._bell is None else (self._bell,)))
 
-    def _answer(self, lane: Channel, key: str) -> dict[str, Any] | Unanswered:
-        give_up_at = time.monotonic() + limits.LANE_PATIENCE_S
-        while lane.has_more or (left_s := give_up_at - time.monotonic()) > 0:
-            ready = () if lane.has_more else [fd for fd, _ in self._poll.poll(left_s * 1000)]
-            if self._channel.fileno() in ready:
-                break  # the broker may have ended the lane, or the call
-            self._reading = True
-            try:
-                header, _, fd = lane.receive()
-            except (EOFError, OSError, frames.FrameError):
-                lane.end()
-                return Unanswered.HOST_NOT_TOLD
-            self._reading = False
-            if fd is not None:
-                os.close(fd)
-            if header.get("type") == "answer" and header.get("key") == key:
-                return (
-                    header
-                    if "state" in header
-                    else (Unanswered.HOST_NOT_TOLD if header.get("told") == "refused" else Unanswered.LATE)
-                )
-        return Unanswered.LATE
-
-    def _is_new(self, message: Message) -> bool:
-        return message.header["execution_id"] not in self._seen
+    def _is_wanted(self, message: Message, takes_lane: bool) -> bool:
+        """Tell whether a message asks for something new; what else it brings is seen to, or thrown away."""
+        kind = message.header["type"]
+        if kind == "lane" and not message.on_lane:
+            self._open_lane(message.fd, message.header.get("bell"))
+            return False
+        if kind == "execute":
+            wanted = (takes_lane or not message.on_lane) and message.header["execution_id"] not in self._seen
+        else:
+            wanted = not message.on_lane  # else an answer that came too late
+        if not wanted and message.fd is not None:
+            os.close(message.fd)
+        return wanted
 
     def _next(self) -> Message:
         if self._lane is None or self._channel.has_more:

@@ -21,6 +21,7 @@ from broker.worker.current import Current, Execution
 from broker.worker.guest_http import GuestPlane
 from broker.worker.inbox import Inbox
 from broker.worker.interrupts import Interrupts
+from broker.worker.lane_calls import LaneCalls
 from broker.worker.proxies import Proxies
 from broker.worker.repl import Ending, Repl
 from broker.worker.submit import Submit
@@ -43,6 +44,7 @@ class Worker:
 
     def __init__(self, channel: Channel, plane: GuestPlane) -> None:
         self._channel, self._inbox = channel, Inbox(channel)
+        self._lane_calls = LaneCalls(self._inbox)
         self._current = Current()
         self._calls = ToolCalls(plane, self._current)
         self._capture = Capture(self._current)
@@ -73,8 +75,11 @@ class Worker:
             if header["type"] == "fork":
                 self._fork(fd, header["copies"], header["ended"])
                 continue
-            self._calls.lane = self._inbox if on_lane and header.get("calls") is True else None
+            self._calls.lane = self._lane_calls if on_lane and header.get("calls") is True else None
+            if self._calls.lane is not None:
+                self._calls.lane.open()
             ending = self._execute(header, blobs, fd)
+            self._lane_calls.stop()
             self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
             del ending  # a large value must not stay until the next one
             self._calls.cut_waits()
@@ -123,13 +128,21 @@ class Worker:
         self._current.in_child = self._keeps_pipe = False  # a worker, where ``_after_fork`` saw a child
         self._channel = Channel(socket.socket(fileno=fd))
         self._inbox = Inbox(self._channel)  # without a lane, which is the other one's
+        os.close(self._lane_calls.fileno())
+        self._lane_calls = LaneCalls(self._inbox)
+        self._calls.lane = None
         self._capture.leave_pipe()
         branching.let_go_of_descriptors(self._own_descriptors())
         self._repl.forget_loop()  # now: closing it while it was shared would have changed the other one's
         self._channel.send({"type": "ready", "pid": os.getpid()})
 
     def _own_descriptors(self) -> tuple[int, ...]:
-        return (*self._inbox.descriptors(), self._capture.null_fd, *self._calls.descriptors())
+        return (
+            *self._inbox.descriptors(),
+            self._lane_calls.fileno(),
+            self._capture.null_fd,
+            *self._calls.descriptors(),
+        )
 
     def _rebind(self, header: dict[str, Any]) -> None:
         fields, tools = header.get("output_fields"), header.get("tools")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from broker.worker.current import Current
 from broker.worker.display import safe_str, type_name
 from broker.worker.errors import BrokerGone, error_of
 from broker.worker.guest_http import CallsCut, GuestPlane, Reply
-from broker.worker.inbox import Inbox, Unanswered
+from broker.worker.lane_calls import LaneCalls, Unanswered
 
 _PENDING = (CallState.QUEUED, CallState.LEASED, CallState.STARTED)
 _OK, _CREATED, _ACCEPTED = 200, 201, 202
@@ -38,7 +37,7 @@ class ToolCalls:
         #: Whether any tool was called through the broker since the worker set this to False.
         self.made = False
         #: Where the host has sent the running execution on the lane, and takes calls there.
-        self.lane: Inbox | None = None
+        self.lane: LaneCalls | None = None
         self._keys = itertools.count(1)
 
     def call(self, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,12 +74,14 @@ class ToolCalls:
     ) -> tuple[ToolCallStatus, Sequence[frames.Blob]]:
         """Make a call in the shortest way that there is; return where it stands."""
         lane = self.lane
-        if lane is not None and not blobs and threading.get_ident() == threading.main_thread().ident:
+        if lane is not None and not blobs:
             key = f"{next(self._keys):x}"
             [frame] = frames.dump_frame({"type": "call", **body, "key": key})
             answer = lane.ask(bytes(frame), key) if len(frame) <= limits.MAX_LANE_BYTES else Unanswered.NOT_TOLD
             if isinstance(answer, dict):
                 return ToolCallStatus.from_json({**answer, "call_id": key}), ()
+            if answer is Unanswered.CUT:
+                raise CallsCut
             if answer is not Unanswered.NOT_TOLD:
                 self.made = True
                 again = "&again=1" if answer is Unanswered.HOST_NOT_TOLD else ""
@@ -92,6 +93,8 @@ class ToolCalls:
     def cut_waits(self) -> None:
         """Wake the threads that wait for an answer; they raise RuntimeError."""
         self._plane.cut_waits()
+        if self.lane is not None:
+            self.lane.cut()
 
     def let_go(self) -> None:
         """Close the connections that a burst of calls has left open."""
@@ -104,6 +107,7 @@ class ToolCalls:
     def forget_connections(self) -> None:
         """In a forked child: start with connections of its own."""
         self._plane.forget()
+        self.lane = None
 
     def _status(self, reply: Reply) -> tuple[ToolCallStatus, Sequence[frames.Blob]]:
         if reply.status not in (_OK, _CREATED, _ACCEPTED):
