@@ -424,7 +424,9 @@ class HttpBrokerClient:
     def answer(self, call_id: str, result: ToolResult, blobs: Sequence[Blob], *, claim: bool = False) -> News | None:
         """See ``BrokerClient.answer``."""
         timeout_s = _PROMPT_S + _SEND_S_PER_BYTE * sum(map(len, blobs))
-        path = self._of_epoch(f"/v1/tool-calls/{_part(call_id)}/result")
+        path = self._of_epoch(
+            f"/v1/tool-calls/{quote(call_id, safe='')}/result"
+        )  # each asked for once: nothing to keep
         if self._lanes.answer(call_id, f"POST {path}", result, blobs):
             return None
         path = f"{path}&claim=1" if claim else path

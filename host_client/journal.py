@@ -118,6 +118,23 @@ class CallRecord:
         """What it is found by."""
         return CallKey(self.sandbox_id, self.call_id, self.attempt)
 
+    def copy(self) -> CallRecord:
+        """Return another record of the same; made twice for each call, so not by the slow ``dataclasses.replace``."""
+        return CallRecord(
+            sandbox_id=self.sandbox_id,
+            call_id=self.call_id,
+            attempt=self.attempt,
+            session_id=self.session_id,
+            sandbox=self.sandbox,
+            execution_id=self.execution_id,
+            tool=self.tool,
+            state=self.state,
+            delivered=self.delivered,
+            started_at=self.started_at,
+            duration_s=self.duration_s,
+            outcome=self.outcome,
+        )
+
 
 class Journal(Protocol):
     """Records tool calls. Implementations are safe to share between threads.

@@ -87,7 +87,7 @@ class MemoryJournal:
         """See ``Journal.find``."""
         with self._lock:
             record = self._calls.get(call)
-            return None if record is None else dataclasses.replace(record)
+            return None if record is None else record.copy()
 
     def calls(self, limit: int) -> list[CallRecord]:
         """See ``Journal.calls``."""
@@ -109,7 +109,7 @@ class MemoryJournal:
         before = self._calls.get(key)
         if before is not None:
             self._count(before, -1)
-        self._calls[key] = kept = dataclasses.replace(call)
+        self._calls[key] = kept = call.copy()
         self._count(kept, 1)
         self._recorded += 1
         if self._recorded % _PRUNE_EVERY == 0:
