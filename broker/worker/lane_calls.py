@@ -75,11 +75,13 @@ class LaneCalls:
         self._reader = threading.Lock()
         self._torn = False
         self._polled: tuple[Channel, select.poll] | None = None
-        # Wakes the reader for another reason than an answer.
-        self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Wakes the reader for another reason than an answer; made when it is needed.
+        self._alarm = -1
 
     def open(self) -> None:
         """Let calls in: an execution begins that came on the lane."""
+        if self._alarm < 0:
+            self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._open = True
 
     def stop(self) -> None:
@@ -99,9 +101,9 @@ class LaneCalls:
             with contextlib.suppress(OSError):  # code that closes every descriptor has closed the worker's too
                 os.write(self._alarm, ONE)
 
-    def fileno(self) -> int:
-        """Return the descriptor that is open as long as the worker lives."""
-        return self._alarm
+    def descriptors(self) -> tuple[int, ...]:
+        """Return what is open as long as the worker lives."""
+        return () if self._alarm < 0 else (self._alarm,)
 
     def ask(self, frame: bytes, key: str) -> Answer:
         """Tell broker and host of a call, and wait for the host's answer.

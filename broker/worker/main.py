@@ -128,7 +128,8 @@ class Worker:
         self._current.in_child = self._keeps_pipe = False  # a worker, where ``_after_fork`` saw a child
         self._channel = Channel(socket.socket(fileno=fd))
         self._inbox = Inbox(self._channel)  # without a lane, which is the other one's
-        os.close(self._lane_calls.fileno())
+        for each in self._lane_calls.descriptors():
+            os.close(each)
         self._lane_calls = LaneCalls(self._inbox)
         self._calls.lane = None
         self._capture.leave_pipe()
@@ -139,7 +140,7 @@ class Worker:
     def _own_descriptors(self) -> tuple[int, ...]:
         return (
             *self._inbox.descriptors(),
-            self._lane_calls.fileno(),
+            *self._lane_calls.descriptors(),
             self._capture.null_fd,
             *self._calls.descriptors(),
         )
