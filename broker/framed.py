@@ -82,8 +82,8 @@ class Request(NamedTuple):
 
 #: Ends a wait whose answer nobody takes any more.
 Cancel = Callable[[], None]
-#: What may be said aside; see ``FramedConnection.hear_asides``.
-_ASIDE = ("POST", "tool-calls", "result")
+#: What may be said aside, and where it is served; see ``FramedConnection.hear_asides``.
+_SAID_ASIDE, _ASIDE = ("POST", "tool-calls", "result"), ("aside", "tool-calls", "result")
 #: By method, and the second and fourth part of the path.
 Routes = Mapping[tuple[str, str, str], Callable[[Request], Cancel | None]]
 
@@ -110,6 +110,13 @@ def host_routes(sessions: Sessions) -> Routes:
         request.answer((reply, () if claimed is None else claimed[1]))
         return None
 
+    def answer_aside(request: Request) -> Cancel | None:
+        session, call = host_requests.answer(
+            sessions, request.argument, request.query, request.body, request.blobs, request.size
+        )
+        session.core.tool_calls.note_read(call)  # the host has told its caller too
+        return None
+
     def lane(request: Request) -> Cancel | None:
         session = sessions[request.argument]
         host_requests.check_epoch(session, request.query)
@@ -123,6 +130,7 @@ def host_routes(sessions: Sessions) -> Routes:
         ("POST", "sessions", "executions"): execute,
         ("POST", "sessions", "claims"): claim,
         ("POST", "tool-calls", "result"): answer,
+        _ASIDE: answer_aside,
     }
 
 
@@ -333,9 +341,9 @@ class FramedConnection:
         try:
             read = reading.Reader(header, "framed request")
             route, argument, query = _target(read.text("request", max_chars=2000))
-            if route == _ASIDE:
+            if route == _SAID_ASIDE:
                 body, size = read.mapping("body", {}), self._frames.size
-                self._routes[route](
+                self._routes[_ASIDE](
                     Request(argument, query, body, blobs, size, self._connection, lambda answer: None, self)
                 )
         except (BrokerError, reading.BadRequest):

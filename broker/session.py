@@ -354,8 +354,10 @@ class Session:
             self.tool_calls.begun(call_id, request, size=size, idempotent=idempotent, lease_s=limits.DEFAULT_LEASE_S)
             self._watch_tools()
             self._on_deadline()
-        except (BrokerError, reading.BadRequest):
-            self._stray()  # the code made it up, or has too many open; asking for it on the guest plane says so
+        except BrokerError:
+            pass  # as on the guest plane, where the caller is told: its execution has ended, or too many are open
+        except reading.BadRequest:
+            self._stray()
 
     def _stray(self) -> None:
         self._stray_frames += 1

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from broker.errors import TooManyCalls
 from broker.session import Session
 from broker.testing import InProcessBroker
+from broker.tool_calls import ToolCallQueue
 from host_client import SandboxInterpreter, SandboxSettings, lane
 from host_client.dspy_compat import contract
 from host_client.errors import SessionLost
@@ -249,3 +251,33 @@ def test_descriptors_do_not_add_up(broker: InProcessBroker) -> None:
     give_up_at = time.monotonic() + 20
     while rounds(10) > before + 3:  # the last ones are closed in the background
         assert time.monotonic() < give_up_at
+
+
+def test_a_loop_may_make_more_calls_than_can_be_open_at_once(
+    warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+    begun = ToolCallQueue.begun
+
+    def noted(queue: ToolCallQueue, call_id: str, *args: Any, **keywords: Any) -> Any:
+        try:
+            return begun(queue, call_id, *args, **keywords)
+        except TooManyCalls:
+            refused.append(call_id)
+            raise
+
+    monkeypatch.setattr(ToolCallQueue, "begun", noted)
+    assert warm.execute("sum(double(n) for n in range(12_000))") == 12_000 * 11_999
+    assert warm.execute("double(4)") == 8
+    assert refused == []
+
+
+def test_calls_of_many_threads_come_back_to_those_who_made_them(warm: SandboxInterpreter) -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(200) as threads:\n"
+        "    found = list(threads.map(double, range(2_000)))\n"
+        "found == [2 * n for n in range(2_000)]"
+    )
+    for _ in range(3):
+        assert warm.execute(code) is True
