@@ -164,12 +164,12 @@ class ToolCalls:
         following: _Held | None = (claim, blobs)
         try:
             while following is not None:
-                (claim, blobs), news = following, None
+                (claim, blobs), claimed = following, None
                 try:
-                    news = self._serve(claim, blobs)
+                    claimed = self._serve(claim, blobs)
                 finally:
                     must_claim = self._release(claim)
-                following = self._following(news)
+                following = self._following(claimed)
         except BaseException:
             with self._lock:
                 self._running -= 1
@@ -177,18 +177,17 @@ class ToolCalls:
         if must_claim:
             self._claim_in_its_stead()
 
-    def _following(self, news: News | None) -> _Held | None:
+    def _following(self, claimed: _Held | None) -> _Held | None:
         """Return the next call for the same thread; where there is none, its slot is free."""
-        claimed = self._hold(news) if news is not None and not self._ended else []
-        if claimed:
-            return claimed[0]
         with self._lock:
+            if claimed is not None and not self._ended:
+                return claimed
             if self._backlog and not self._ended and self._fatal is None:
                 return self._backlog.popleft()
             self._running -= 1
             return None
 
-    def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> News | None:
+    def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> _Held | None:
         """Record, run, record, answer: in this order, and no step where the one before failed.
 
         Returns:
@@ -271,14 +270,14 @@ class ToolCalls:
 
     def _answer(
         self, claim: Claim, result: ToolResult, blobs: Sequence[Blob], record: RunningRecord | None = None
-    ) -> News | None:
+    ) -> _Held | None:
         if self._ended:
             return None
         try:
-            news = self._answered(claim, result, blobs)
+            claimed = self._answered(claim, result, blobs)
             if record is not None:
                 record.delivered()
-            return news
+            return claimed
         except (CallGone, LeaseExpired, Fenced) as late:
             log.debug("the answer of %s came too late: %s", claim.tool, late)
         except BrokerUnreachable as gone:
@@ -292,16 +291,15 @@ class ToolCalls:
             self._refuse(claim, error, record)
         return None
 
-    def _answered(self, claim: Claim, result: ToolResult, blobs: Sequence[Blob]) -> News | None:
+    def _answered(self, claim: Claim, result: ToolResult, blobs: Sequence[Blob]) -> _Held | None:
+        """Answer a call; return the next one, which is ours before anybody mends the way."""
         for left in reversed(range(self._tries)):
             try:
                 with self._passing():
                     news = self._client.answer(
                         claim.call_id, result, blobs, claim=self._streamed and self._fatal is None
                     )
-                    if news is not None and self._tries > 1:
-                        self._hold(news)  # before anybody mends the way
-                    return news
+                    return None if news is None else next(iter(self._hold(news)), None)
             except BrokerUnreachable as gone:
                 if not left or not is_broken(gone) or self._ended:
                     raise
