@@ -202,13 +202,13 @@ class FramedConnection:
             self._close()
 
     def read_now(self) -> bool:
-        """Serve what has arrived, as far as its turn has come; tell whether that was anything."""
-        served = self._frames.started or self._next is not None
-        if served:
-            self._take_next()
+        """Serve what has arrived, as far as its turn has come; tell whether anything new had."""
+        arrived = False
+        self._take_all()
         while not (self._is_deaf() or self._ended.is_set()) and self._readable():
-            served = True
-        return served
+            arrived = True
+            self._take_all()
+        return arrived
 
     def attend(self, wanted: bool) -> None:
         """See ``lull.Line.attend``."""
@@ -277,21 +277,31 @@ class FramedConnection:
             return
         except OSError:
             gone = True
-        if gone:
+        if gone and self._next is None:
             self._end()
         else:
-            self._watcher.stop()  # it sends ahead; that can wait
+            self._watcher.stop()  # it sends ahead; that can wait, also where it is gone since: it was said
 
-    def _take_frames(self) -> None:
-        """Serve requests that came together, and send those answers together that are there at once."""
+    def _take_frames(self) -> bool:
+        """Serve requests that came together, and send those answers together that are there at once.
+
+        Returns:
+            Whether there may be more of them: whoever sends many in a row is not the only one served.
+        """
         held: list[Blob] = []
         self._held_back = held
         for _ in range(_MOST_FRAMES):
             if not self._take_frame() or self._last or self._is_deaf() or not self._frames.started:
+                more = False
                 break
+        else:
+            more = not self._ended.is_set()
         self._held_back = None
         if held and not self._ended.is_set():
             self._post(held)
+        if more and self._hears_asides:  # after which no reply is sent, and so nobody goes on
+            gevent.get_hub().loop.run_callback(self._take_next)
+        return more
 
     def _take_frame(self) -> bool:
         """Serve the next request; tell whether there was one."""
@@ -445,17 +455,20 @@ class FramedConnection:
         """Everything has been sent: look at the next request."""
         if self._last:
             self._end()
-        elif not self._answering:
+        elif self._hears_asides or not self._answering:
             if self._attends and not self._watcher.active:
                 self._watcher.start(self._readable)
             if self._frames.started or self._next is not None:
                 # In a later turn: whoever sends many in a row is not the only one served.
                 gevent.get_hub().loop.run_callback(self._take_next)
 
-    def _take_next(self) -> None:
+    def _take_next(self) -> bool:
         waits = self._answering and (self._next is not None or not self._hears_asides)
-        if not (waits or self._outbox.full or self._ended.is_set()):
-            self._take_frames()
+        return not (waits or self._outbox.full or self._ended.is_set()) and self._take_frames()
+
+    def _take_all(self) -> None:
+        while (self._frames.started or self._next is not None) and self._take_next():
+            pass
 
     def _end(self) -> None:
         self._watcher.stop()

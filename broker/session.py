@@ -231,6 +231,7 @@ class Session:
             self.tool_names = frozenset(tool.name for tool in request.tools if tool.source is None)
             self._idempotent = frozenset(tool.name for tool in request.tools if tool.idempotent)
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
+        execution.announced = on_lane
         self._running = execution
         self.executed += 1
         self.executions.add(execution)
@@ -350,6 +351,8 @@ class Session:
             if size > limits.MAX_LANE_BYTES:
                 raise reading.BadRequest("too large for the lane")
             self._check_call(request)
+            if self._running is None or not self._running.announced:
+                raise reading.BadRequest("its execution did not come on the lane")
             idempotent = request.tool in self._idempotent
             self.tool_calls.begun(call_id, request, size=size, idempotent=idempotent, lease_s=limits.DEFAULT_LEASE_S)
             self._watch_tools()

@@ -268,10 +268,13 @@ class Sessions:
         Raises:
             UnknownCall: Never made, or forgotten since.
         """
-        for session in self:
-            call = session.core.tool_calls.find(call_id)
-            if call is not None:
-                return session, call
+        for catch_up in (False, True):
+            for session in self:
+                if catch_up:
+                    session.catch_up()  # its worker may have told of it on its channel, which is not read yet
+                call = session.core.tool_calls.find(call_id)
+                if call is not None:
+                    return session, call
         raise UnknownCall(f"no tool call {call_id[:64]!r}")
 
     def of_guest(self, peer: Peer) -> Family:

@@ -57,6 +57,8 @@ class LaneUser:
         # Calls of the running execution that were not answered yet, whichever way they came.
         self._held: set[str] = set()
         self._most_calls = 0
+        # The worker counts them: what comes with one that was there is a call that we have had.
+        self._last_key = 0
 
     def execute(
         self,
@@ -97,7 +99,7 @@ class LaneUser:
             lane = self._ready(session_id, path) if alone else None
             if lane is None:
                 return False
-            self._held, self._most_calls = set(), most_calls
+            self._calls, self._held, self._most_calls, self._last_key = {}, set(), most_calls, 0
             return self._run(lane, path, request, blobs, timeout_s, on_reply, on_call)
         finally:
             if alone:
@@ -192,7 +194,10 @@ class LaneUser:
 
     def _called(self, lane: Lane, call: ToolCallRequest, on_call: Callable[[Claim], None]) -> None:
         """Hand a tool call over that the worker has made on the lane, where there is room for one more."""
-        call_id = lane_call_id(call)
+        call_id, number = lane_call_id(call), int(call.key, 16)
+        if number <= self._last_key:
+            raise BadRequest(f"the call {call_id} came twice")
+        self._last_key = number
         if len(self._held) >= self._most_calls:
             lane.tell(dump_frame({"type": "answer", "key": call.key, "told": "refused"}))
             return

@@ -8,6 +8,7 @@ import inspect
 import logging
 import threading
 import traceback
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 POLL_S = min(limits.DEFAULT_LEASE_S / 3, limits.MAX_WAIT_S)
 #: A tool's error message is for a model to read.
 _MAX_MESSAGE_CHARS = 100_000
+#: What the broker offers again it does within moments.
+_REMEMBERED_CLAIMS = 20_000
 
 Invoke = Callable[[str, list[Any], dict[str, Any]], Any]
 
@@ -87,11 +90,13 @@ class ToolCalls:
         self._invoke, self._threads, self._slots = invoke, threads, slots
         # Every tool sees the caller's context variables (dspy.context), each in a copy of its own.
         self._context = contextvars.copy_context()
-        # Guards the six below: a claim is in _held from the moment it is taken until its tool has ended.
+        # Guards the seven below: a claim is in _held from the moment it is taken until its tool has ended.
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
-        # Of a call that went by the lane the broker may tell us once more.
-        self._taken: set[tuple[str, int]] = set()
+        # Of a call that went by the lane the broker may tell us once more, while we have not answered it.
+        self._taken: OrderedDict[tuple[str, int], None] = OrderedDict()
+        # Those of _held for which there was no slot: what comes on the lane the broker counts a little later.
+        self._waiting: deque[tuple[Claim, Sequence[Blob]]] = deque()
         self._claiming_elsewhere = False
         self._streamed = False
         self._ended = False
@@ -124,7 +129,11 @@ class ToolCalls:
             self._streamed = True
         if news.progress.lost:
             log.debug("no longer ours to answer: %s", news.progress.lost)
-        for claim, blobs in self._hold(news):
+        claims = self._hold(news)
+        with self._lock:
+            room = max(0, len(claims) + self._slots - len(self._held) + len(self._waiting))
+            self._waiting.extend(claims[room:])
+        for claim, blobs in claims[:room]:
             self._threads.run(partial(self._run, claim, blobs))
 
     def _hold(self, news: News) -> list[tuple[Claim, Sequence[Blob]]]:
@@ -132,8 +141,10 @@ class ToolCalls:
         with self._lock:
             claims = [each for each in news.progress.claims if (each.call_id, each.attempt) not in self._taken]
             held = [(claim.call_id, claim.attempt) for claim in claims]
-            self._taken.update(held)
+            self._taken.update(dict.fromkeys(held))
             self._held.update(held)
+            while len(self._taken) > _REMEMBERED_CLAIMS:
+                self._taken.popitem(last=False)
         return [(claim, news.blobs[slice(*claim.blob_range)]) for claim in claims]
 
     def end(self) -> None:
@@ -156,8 +167,14 @@ class ToolCalls:
             finally:
                 must_claim = self._release(claim)
             following = next(iter(self._hold(news)), None) if news is not None and not self._ended else None
+            following = following or self._next_waiting()
         if must_claim:
             self._claim_in_its_stead()
+
+    def _next_waiting(self) -> tuple[Claim, Sequence[Blob]] | None:
+        with self._lock:
+            room = self._slots - len(self._held) + len(self._waiting)
+            return self._waiting.popleft() if self._waiting and room > 0 and not self._ended else None
 
     def _serve(self, claim: Claim, blobs: Sequence[Blob]) -> News | None:
         """Record, run, record, answer: in this order, and no step where the one before failed.

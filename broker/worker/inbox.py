@@ -12,7 +12,6 @@ import enum
 import os
 import select
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ from broker.worker.channel import Channel
 
 #: One execution runs at a time, so that at most the last few can come once more.
 _REMEMBERED = 64
-#: What an eventfd takes.
-_ONE = (1).to_bytes(8, sys.byteorder)
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
 
@@ -79,6 +76,9 @@ class Inbox:
         Raises:
             EOFError: The broker closed the channel.
         """
+        if self._reading and self._lane is not None:
+            self._lane.end()  # a second interrupt struck before ``ask`` could do it
+        self._asking = self._reading = False
         while True:
             message = self._next()
             kind = message.header["type"]
@@ -136,7 +136,7 @@ class Inbox:
         """Wake the broker: while the lane is in use, it does not look at each frame as it comes."""
         if self._bell is not None:
             with contextlib.suppress(OSError):
-                os.write(self._bell, _ONE)
+                os.write(self._bell, b"\0")
 
     def close(self) -> None:
         """Close both ends here."""

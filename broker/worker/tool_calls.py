@@ -19,7 +19,7 @@ from broker.worker.guest_http import CallsCut, GuestPlane, Reply
 from broker.worker.inbox import Inbox, Unanswered
 
 _PENDING = (CallState.QUEUED, CallState.LEASED, CallState.STARTED)
-_OK, _CREATED, _ACCEPTED = 200, 201, 202
+_OK, _CREATED, _ACCEPTED, _NOT_FOUND = 200, 201, 202, 404
 # One encoder for all: json.dumps() with separators would build one for every call.
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -39,6 +39,8 @@ class ToolCalls:
         self.made = False
         #: Where the host has sent the running execution on the lane, and takes calls there.
         self.lane: Inbox | None = None
+        #: Those that the broker would take; a call of another one is refused, which only the guest plane says.
+        self.known: frozenset[str] = frozenset()
         self._keys = itertools.count(1)
 
     def call(self, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,7 +76,7 @@ class ToolCalls:
         self, body: dict[str, Any], blobs: Sequence[frames.Blob | str]
     ) -> tuple[ToolCallStatus, Sequence[frames.Blob]]:
         """Make a call in the shortest way that there is; return where it stands."""
-        lane = self.lane
+        lane = self.lane if body["tool"] in self.known else None
         if lane is not None and not blobs and threading.get_ident() == threading.main_thread().ident:
             key = f"{next(self._keys):x}"
             [frame] = frames.dump_frame({"type": "call", **body, "key": key})
@@ -85,7 +87,10 @@ class ToolCalls:
                 self.made = True
                 again = "&again=1" if answer is Unanswered.HOST_NOT_TOLD else ""
                 target = f"/v1/tool-calls/{body['execution_id']}-{key}?wait_s={limits.MAX_WAIT_S:g}{again}"
-                return self._status(self._plane.request("GET", target))
+                reply = self._plane.request("GET", target)
+                if reply.status == _NOT_FOUND:
+                    self.lane = None  # the broker takes no more calls that way
+                return self._status(reply)
         self.made = True
         return self._status(self._plane.request("POST", "/v1/tool-calls", body, blobs))
 
