@@ -22,7 +22,7 @@ import gevent
 from gevent.event import Event
 
 from broker import host_requests
-from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownRoute
+from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownCall, UnknownRoute
 from broker.family import Family
 from broker.logs import Log
 from broker.outbox import Outbox
@@ -188,6 +188,8 @@ class FramedConnection:
         self._attends = True
         # A request that came while another one was being answered; behind it nothing is read.
         self._next: tuple[JsonObject, Sequence[Blob]] | None = None
+        # Asides whose call was not known when they came.
+        self._early: list[tuple[JsonObject, Sequence[Blob], int]] = []
         self._last = False
         self._held_back: list[Blob] | None = None
         self._handed: socket.socket | None = None
@@ -204,6 +206,8 @@ class FramedConnection:
     def read_now(self) -> bool:
         """Serve what has arrived, as far as its turn has come; tell whether anything new had."""
         arrived = False
+        early = self._say_early()  # some calls may still not be known, where this is within the worker's word of one
+        self._early = early + self._early
         self._take_all()
         while not (self._is_deaf() or self._ended.is_set()) and self._readable():
             arrived = True
@@ -338,19 +342,37 @@ class FramedConnection:
         self._handle(header, blobs, self._frames.size)
 
     def _handle_aside(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
-        """Take an answer that nobody waits to be told about: what is refused counts as never said."""
+        """Take an answer that nobody waits to be told about: what is refused counts as never said.
+
+        Where its call is not known yet, the worker's word of that is just being read, and it comes once more.
+        """
+        early = header, blobs, self._frames.size
+        if not self._say_aside(*early):
+            self._early.append(early)
+            gevent.get_hub().loop.run_callback(self._say_early)
+
+    def _say_early(self) -> list[tuple[JsonObject, Sequence[Blob], int]]:
+        """Say once more what came before its call; return what is still of no known call."""
+        early, self._early = self._early, []
+        return [each for each in early if not self._say_aside(*each)]
+
+    def _say_aside(self, header: JsonObject, blobs: Sequence[Blob], size: int) -> bool:
+        """Pass an answer on; tell whether its call was known."""
         try:
             read = reading.Reader(header, "framed request")
             route, argument, query = _target(read.text("request", max_chars=2000))
             if route == _ASIDE:
-                body, size = read.mapping("body", {}), self._frames.size
+                body = read.mapping("body", {})
                 self._routes[route](
                     Request(argument, query, body, blobs, size, self._connection, lambda answer: None, self)
                 )
+        except UnknownCall:
+            return False
         except (BrokerError, reading.BadRequest):
             pass
         except Exception as error:
             self._log.defect("framed", error)
+        return True
 
     def _drop_descriptors(self) -> None:
         """Close what no frame has announced."""

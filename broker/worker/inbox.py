@@ -152,9 +152,9 @@ class Inbox:
     def _answer(self, lane: Channel, key: str) -> dict[str, Any] | Unanswered:
         give_up_at = time.monotonic() + limits.LANE_PATIENCE_S
         while lane.has_more or (left_s := give_up_at - time.monotonic()) > 0:
-            ready = () if lane.has_more else [fd for fd, _ in self._poll.poll(left_s * 1000)]
-            if self._channel.fileno() in ready:
-                break  # the broker may have ended the lane, or the call
+            ready = [fd for fd, _ in self._poll.poll(0 if lane.has_more else left_s * 1000)]
+            if self._channel.fileno() in ready or not (ready or lane.has_more):
+                break  # the broker may have ended the lane, or the call; or the time is up
             self._reading = True
             try:
                 header, _, fd = lane.receive()
