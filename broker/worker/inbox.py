@@ -106,7 +106,7 @@ class Inbox:
             The answer's header, or why there is none here.
         """
         lane = self._lane
-        if lane is None or self._asking or not self._channel.send_whole(frame):
+        if lane is None or self._asking or self._is_called() or not self._channel.send_whole(frame):
             return Unanswered.NOT_TOLD
         self._asking = True
         try:
@@ -154,7 +154,7 @@ class Inbox:
         while lane.has_more or (left_s := give_up_at - time.monotonic()) > 0:
             ready = [fd for fd, _ in self._poll.poll(0 if lane.has_more else left_s * 1000)]
             if self._channel.fileno() in ready or not (ready or lane.has_more):
-                break  # the broker may have ended the lane, or the call; or the time is up
+                break  # the broker has the execution in hand, or has ended the lane; or the time is up
             self._reading = True
             try:
                 header, _, fd = lane.receive()
@@ -170,7 +170,11 @@ class Inbox:
                     if "state" in header
                     else (Unanswered.HOST_NOT_TOLD if header.get("told") == "refused" else Unanswered.LATE)
                 )
-        return Unanswered.LATE
+        return Unanswered.HOST_NOT_TOLD  # it may have refused, which is not read yet
+
+    def _is_called(self) -> bool:
+        """Tell whether the broker has sent something: from then on the lane brings no answers."""
+        return any(fd == self._channel.fileno() for fd, _ in self._poll.poll(0))
 
     def _is_new(self, message: Message) -> bool:
         return message.header["execution_id"] not in self._seen
