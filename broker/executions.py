@@ -33,6 +33,7 @@ class Execution:
         result: Set at its end, together with ``blobs``.
         blobs: Raw parts of the result's value.
         size: Bytes held for its reply, roughly; counted at its end.
+        announced: Whether the host may have sent it on the lane, and takes tool calls there.
         on_lane: Whether it was left to the lane.
         left: The worker's frame of such a one, until it is sent after all or the execution ends.
         forward_at: Clock time at which it is sent after all.
@@ -51,6 +52,7 @@ class Execution:
     result: ExecutionResult | None = None
     blobs: Blobs = ()
     size: int = 0
+    announced: bool = False
     on_lane: bool = False
     left: tuple[dict[str, Any], Blobs] | None = None
     forward_at: float | None = None

@@ -22,7 +22,7 @@ import gevent
 from gevent.event import Event
 
 from broker import host_requests
-from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownRoute
+from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownCall, UnknownRoute
 from broker.family import Family
 from broker.logs import Log
 from broker.outbox import Outbox
@@ -68,6 +68,7 @@ class Request(NamedTuple):
         answer: Takes the answer, or several where all but the last are ``Progress`` with ``more``; None where it was
             given on another way.
         framed: The connection, framed.
+        aside: Whether nobody waits for the answer; see ``FramedConnection.hear_asides``.
     """
 
     argument: str
@@ -78,12 +79,13 @@ class Request(NamedTuple):
     connection: Connected
     answer: Deliver[Answer | None]
     framed: FramedConnection
+    aside: bool = False
 
 
 #: Ends a wait whose answer nobody takes any more.
 Cancel = Callable[[], None]
-#: What may be said aside, and where it is served; see ``FramedConnection.hear_asides``.
-_SAID_ASIDE, _ASIDE = ("POST", "tool-calls", "result"), ("aside", "tool-calls", "result")
+#: What may be said aside; see ``FramedConnection.hear_asides``.
+_ASIDE = ("POST", "tool-calls", "result")
 #: By method, and the second and fourth part of the path.
 Routes = Mapping[tuple[str, str, str], Callable[[Request], Cancel | None]]
 
@@ -103,18 +105,13 @@ def host_routes(sessions: Sessions) -> Routes:
         session, call = host_requests.answer(
             sessions, request.argument, request.query, request.body, request.blobs, request.size
         )
+        if request.aside:
+            session.core.tool_calls.note_read(call)  # the host has told its caller too
         reply: JsonObject = {"call_id": call.call_id, "state": call.state.value}
         claimed = session.claim_one(request.connection.still_there) if "claim" in request.query else None
         if claimed is not None:
             reply["claims"] = claimed[0].to_json()["claims"]
         request.answer((reply, () if claimed is None else claimed[1]))
-        return None
-
-    def answer_aside(request: Request) -> Cancel | None:
-        session, call = host_requests.answer(
-            sessions, request.argument, request.query, request.body, request.blobs, request.size
-        )
-        session.core.tool_calls.note_read(call)  # the host has told its caller too
         return None
 
     def lane(request: Request) -> Cancel | None:
@@ -130,7 +127,6 @@ def host_routes(sessions: Sessions) -> Routes:
         ("POST", "sessions", "executions"): execute,
         ("POST", "sessions", "claims"): claim,
         ("POST", "tool-calls", "result"): answer,
-        _ASIDE: answer_aside,
     }
 
 
@@ -196,6 +192,8 @@ class FramedConnection:
         self._attends = True
         # A request that came while another one was being answered; behind it nothing is read.
         self._next: tuple[JsonObject, Sequence[Blob]] | None = None
+        # Asides whose call was not known when they came.
+        self._early: list[tuple[JsonObject, Sequence[Blob], int]] = []
         self._last = False
         self._held_back: list[Blob] | None = None
         self._handed: socket.socket | None = None
@@ -210,13 +208,17 @@ class FramedConnection:
             self._close()
 
     def read_now(self) -> bool:
-        """Serve what has arrived, as far as its turn has come; tell whether that was anything."""
-        served = self._frames.started or self._next is not None
-        if served:
-            self._take_next()
+        """Serve what has arrived, as far as its turn has come; tell whether anything new had."""
+        if self._held_back is not None:
+            return False  # it is being read: somebody caught up for what it said
+        arrived = False
+        early = self._say_early()  # some calls may still not be known, where this is within the worker's word of one
+        self._early = early + self._early
+        self._take_all()
         while not (self._is_deaf() or self._ended.is_set()) and self._readable():
-            served = True
-        return served
+            arrived = True
+            self._take_all()
+        return arrived
 
     def attend(self, wanted: bool) -> None:
         """See ``lull.Line.attend``."""
@@ -285,21 +287,31 @@ class FramedConnection:
             return
         except OSError:
             gone = True
-        if gone:
+        if gone and self._next is None:
             self._end()
         else:
-            self._watcher.stop()  # it sends ahead; that can wait
+            self._watcher.stop()  # it sends ahead; that can wait, also where it is gone since: it was said
 
-    def _take_frames(self) -> None:
-        """Serve requests that came together, and send those answers together that are there at once."""
+    def _take_frames(self) -> bool:
+        """Serve requests that came together, and send those answers together that are there at once.
+
+        Returns:
+            Whether there may be more of them: whoever sends many in a row is not the only one served.
+        """
         held: list[Blob] = []
         self._held_back = held
         for _ in range(_MOST_FRAMES):
             if not self._take_frame() or self._last or self._is_deaf() or not self._frames.started:
+                more = False
                 break
+        else:
+            more = not self._ended.is_set()
         self._held_back = None
         if held and not self._ended.is_set():
             self._post(held)
+        if more and self._hears_asides:  # after which no reply is sent, and so nobody goes on
+            gevent.get_hub().loop.run_callback(self._take_next)
+        return more
 
     def _take_frame(self) -> bool:
         """Serve the next request; tell whether there was one."""
@@ -337,19 +349,37 @@ class FramedConnection:
         self._handle(header, blobs, self._frames.size)
 
     def _handle_aside(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
-        """Take an answer that nobody waits to be told about: what is refused counts as never said."""
+        """Take an answer that nobody waits to be told about: what is refused counts as never said.
+
+        Where its call is not known yet, the worker's word of that is just being read, and it comes once more.
+        """
+        early = header, blobs, self._frames.size
+        if not self._say_aside(*early):
+            self._early.append(early)
+            gevent.get_hub().loop.run_callback(self._say_early)
+
+    def _say_early(self) -> list[tuple[JsonObject, Sequence[Blob], int]]:
+        """Say once more what came before its call; return what is still of no known call."""
+        early, self._early = self._early, []
+        return [each for each in early if not self._say_aside(*each)]
+
+    def _say_aside(self, header: JsonObject, blobs: Sequence[Blob], size: int) -> bool:
+        """Pass an answer on; tell whether its call was known."""
         try:
             read = reading.Reader(header, "framed request")
             route, argument, query = _target(read.text("request", max_chars=2000))
-            if route == _SAID_ASIDE:
-                body, size = read.mapping("body", {}), self._frames.size
-                self._routes[_ASIDE](
-                    Request(argument, query, body, blobs, size, self._connection, lambda answer: None, self)
+            if route == _ASIDE:
+                body = read.mapping("body", {})
+                self._routes[route](
+                    Request(argument, query, body, blobs, size, self._connection, lambda answer: None, self, aside=True)
                 )
+        except UnknownCall:
+            return False
         except (BrokerError, reading.BadRequest):
             pass
         except Exception as error:
             self._log.defect("framed", error)
+        return True
 
     def _drop_descriptors(self) -> None:
         """Close what no frame has announced."""
@@ -454,17 +484,20 @@ class FramedConnection:
         """Everything has been sent: look at the next request."""
         if self._last:
             self._end()
-        elif not self._answering:
+        elif self._hears_asides or not self._answering:
             if self._attends and not self._watcher.active:
                 self._watcher.start(self._readable)
             if self._frames.started or self._next is not None:
                 # In a later turn: whoever sends many in a row is not the only one served.
                 gevent.get_hub().loop.run_callback(self._take_next)
 
-    def _take_next(self) -> None:
+    def _take_next(self) -> bool:
         waits = self._answering and (self._next is not None or not self._hears_asides)
-        if not (waits or self._outbox.full or self._ended.is_set()):
-            self._take_frames()
+        return not (waits or self._outbox.full or self._ended.is_set()) and self._take_frames()
+
+    def _take_all(self) -> None:
+        while (self._frames.started or self._next is not None) and self._take_next():
+            pass
 
     def _end(self) -> None:
         self._watcher.stop()

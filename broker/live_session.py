@@ -105,9 +105,12 @@ class LiveSession:
 
     def attach(self, expected: int | None, held_by: HeldBy | None = None) -> Attached:
         """Give the session to a new client; requests of the old one that wait are refused at once."""
+        if expected is not None:
+            self.core.check_epoch(expected)  # who is refused ends no lane
+        # First: of a tool call that got to the old client, the worker had told us before.
+        self.end_lane()
         self.catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected, held_by)
-        self.end_lane()
         execution = self.core.running or self.core.executions.latest()
         return Attached(
             epoch=self.core.epoch,
@@ -118,9 +121,9 @@ class LiveSession:
 
     def detach(self) -> None:
         """Let go of the session for whoever holds it; it goes on with what it does."""
+        self.end_lane()
         self.catch_up()
         self.core.detach()
-        self.end_lane()
 
     def resolve_call(self, call_id: str, attempt: int, verdict: Verdict) -> ToolCall:
         """Take the holder's word for a call that an older one had started."""

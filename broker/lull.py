@@ -19,6 +19,8 @@ import gevent
 LULL_S = 0.002
 
 _READABLE = 1
+#: What a pipe holds: one read takes all.
+_MOST_RINGS = 64 << 10
 
 
 class Line(Protocol):
@@ -32,7 +34,9 @@ class Line(Protocol):
 
 
 class Bell:
-    """A descriptor that wakes the broker; who holds the other end rings it by writing eight bytes.
+    """A pipe that wakes the broker; who holds the other end rings it by writing a byte.
+
+    No eventfd: that is one open file for both sides, and generated code could make our reading of it wait.
 
     Args:
         on_ring: Called when it was rung, once for all that was rung since.
@@ -40,25 +44,27 @@ class Bell:
 
     def __init__(self, on_ring: Callable[[], None]) -> None:
         self._on_ring = on_ring
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._watcher = gevent.get_hub().loop.io(self._fd, _READABLE)
+        # Ours stays open: without anybody who can ring, the pipe would be at its end, and readable for ever.
+        self._ours, self._theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._watcher = gevent.get_hub().loop.io(self._ours, _READABLE)
         self._watcher.start(self._rung)
 
     def fileno(self) -> int:
         """Return the descriptor to hand over."""
-        return self._fd
+        return self._theirs
 
     def close(self) -> None:
         """Close this end. Idempotent."""
-        if self._fd >= 0:
+        if self._ours >= 0:
             self._watcher.stop()
             self._watcher.close()
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self._ours)
+            os.close(self._theirs)
+            self._ours = self._theirs = -1
 
     def _rung(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
+            os.read(self._ours, _MOST_RINGS)
         self._on_ring()
 
 

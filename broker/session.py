@@ -12,7 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from broker.errors import BrokerError, ExecutionEnded, Fenced, SessionBusy, SessionLost, UnknownExecution, UnknownTool
+from broker.errors import (
+    ExecutionEnded,
+    Fenced,
+    SessionBusy,
+    SessionLost,
+    TooManyCalls,
+    UnknownExecution,
+    UnknownTool,
+)
 from broker.executions import Execution, ExecutionStore, explain
 from broker.held_files import HeldFiles
 from broker.idleness import Idleness
@@ -231,6 +239,7 @@ class Session:
             self.tool_names = frozenset(tool.name for tool in request.tools if tool.source is None)
             self._idempotent = frozenset(tool.name for tool in request.tools if tool.idempotent)
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
+        execution.announced = on_lane
         self._running = execution
         self.executed += 1
         self.executions.add(execution)
@@ -350,13 +359,18 @@ class Session:
             if size > limits.MAX_LANE_BYTES:
                 raise reading.BadRequest("too large for the lane")
             self._check_call(request)
+            if self._running is None or not self._running.announced:
+                raise reading.BadRequest("its execution did not come on the lane")
             idempotent = request.tool in self._idempotent
             self.tool_calls.begun(call_id, request, size=size, idempotent=idempotent, lease_s=limits.DEFAULT_LEASE_S)
             self._watch_tools()
             self._on_deadline()
-        except BrokerError:
-            pass  # as on the guest plane, where the caller is told: its execution has ended, or too many are open
-        except reading.BadRequest:
+        except ExecutionEnded:
+            if self.executions.get(str(header.get("execution_id"))) is None:
+                self._stray()  # else a thread spoke while its execution ended
+        except TooManyCalls:
+            pass  # the host has refused it too, or will have its answer refused
+        except (UnknownTool, reading.BadRequest):
             self._stray()
 
     def _stray(self) -> None:

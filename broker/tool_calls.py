@@ -83,6 +83,7 @@ class ToolCall:
         result_size: Bytes of the answer.
         lease_until: Clock time at which the claim is taken away, or None while nobody holds it.
         idempotent: Whether its tool was declared so.
+        on_lane: Its caller has told the holder itself, and may have it offered again.
         orphaned: It was started, and its holder has fallen silent or was replaced; ``lease_until`` is when it is
             given up.
     """
@@ -100,6 +101,7 @@ class ToolCall:
     value_blobs: Blobs = ()
     idempotent: bool = False
     orphaned: bool = False
+    on_lane: bool = False
 
     @property
     def key(self) -> str:
@@ -223,13 +225,13 @@ class ToolCallQueue:
         if (request.execution_id, request.key) in self._by_key or self.find(call_id) is not None:
             return None
         call = self._admitted(call_id, request, (), size, idempotent)
-        call.state, call.attempt = CallState.STARTED, 1
+        call.state, call.attempt, call.on_lane = CallState.STARTED, 1, True
         self._lease(call, lease_s)
         return call
 
     def offer_again(self, call: ToolCall) -> None:
         """Hand a started call out once more, as the attempt that it is: its holder may not have heard of it."""
-        if call.state is CallState.STARTED and not call.orphaned and call.call_id not in self._queued:
+        if call.on_lane and call.state is CallState.STARTED and call.call_id not in self._queued:
             self._queued[call.call_id] = call
             self._on_queued(call)
 
@@ -412,6 +414,7 @@ class ToolCallQueue:
         self._queued.pop(call.call_id, None)  # nobody is to run it who does not know of it
         self._lease(call, limits.ATTACH_GRACE_S if self._grace_s is None else self._grace_s)
         call.orphaned = True
+        call.on_lane = False  # a new holder knows of it, and decides
 
     def _held(self, call_id: str, attempt: int) -> ToolCall:
         self.expire_leases()

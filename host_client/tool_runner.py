@@ -41,6 +41,9 @@ POLL_S = min(limits.DEFAULT_LEASE_S / 3, limits.MAX_WAIT_S)
 #: A tool's error message is for a model to read.
 _MAX_MESSAGE_CHARS = 100_000
 
+#: What comes twice does so while its call is open, and so many can be open at once.
+_REMEMBERED_CLAIMS = 2 * limits.MAX_PENDING_TOOL_CALLS
+
 Invoke = Callable[[str, list[Any], dict[str, Any]], Any]
 #: A claim with its blobs.
 _Held = tuple[Claim, Sequence[Blob]]
@@ -94,7 +97,7 @@ class ToolCalls:
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
         # Of a call that went by the lane the broker may tell us once more.
-        self._taken: set[tuple[str, int]] = set()
+        self._taken: dict[tuple[str, int], None] = {}
         # Calls that went by the lane come without being asked for: those that no slot is free for wait here.
         self._running = 0
         self._backlog: deque[_Held] = deque()
@@ -145,7 +148,9 @@ class ToolCalls:
         with self._lock:
             claims = [each for each in news.progress.claims if (each.call_id, each.attempt) not in self._taken]
             held = [(claim.call_id, claim.attempt) for claim in claims]
-            self._taken.update(held)
+            self._taken.update(dict.fromkeys(held))
+            while len(self._taken) > _REMEMBERED_CLAIMS:
+                del self._taken[next(iter(self._taken))]
             self._held.update(held)
         return [(claim, news.blobs[slice(*claim.blob_range)]) for claim in claims]
 

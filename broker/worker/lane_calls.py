@@ -91,7 +91,8 @@ class LaneCalls:
         if self._waiting:
             self.cut()
         with self._reader:
-            pass
+            if self._inbox.lane is not None:
+                self._mend(self._inbox.lane)
 
     def cut(self) -> None:
         """Wake all who wait. Takes no lock: the signal handler calls it."""
@@ -140,11 +141,9 @@ class LaneCalls:
             try:
                 self._read_for(waiter)
             except BaseException:
-                if self._torn:
-                    waiter.lane.end()  # a part of somebody's answer may be lost
+                self._mend(waiter.lane)
                 raise
             finally:
-                self._torn = False
                 self._reader.release()
         return answer
 
@@ -161,6 +160,8 @@ class LaneCalls:
         """Read for everybody until this one has its answer."""
         while waiter.answer is None:
             lane = self._inbox.lane
+            if lane is not None:
+                self._mend(lane)
             if lane is not waiter.lane:
                 self._settle_lost(lane)
                 return
@@ -176,6 +177,12 @@ class LaneCalls:
             if fd is not None:
                 os.close(fd)
             self._deliver(header)
+
+    def _mend(self, lane: Channel) -> None:
+        """End a lane of which an interrupt may have taken a part of somebody's answer away."""
+        if self._torn:
+            lane.end()
+            self._torn = False
 
     def _is_ready(self, lane: Channel) -> bool:
         """Wait for the lane, the broker's word or an alarm; tell whether it was the lane alone."""

@@ -126,6 +126,8 @@ class Worker:
 
     def _become_copy(self, fd: int) -> None:
         self._current.in_child = self._keeps_pipe = False  # a worker, where ``_after_fork`` saw a child
+        self._inbox.close()
+        self._calls.lane = None
         self._channel = Channel(socket.socket(fileno=fd))
         self._inbox = Inbox(self._channel)  # without a lane, which is the other one's
         for each in self._lane_calls.descriptors():

@@ -35,6 +35,7 @@ class Proxies:
             for name, definition in wanted.items()
         }
         self._definitions = wanted
+        self._calls.known = frozenset(name for name, definition in wanted.items() if definition.source is None)
 
 
 def make_proxy(definition: ToolDefinition, calls: ToolCalls) -> Any:

@@ -38,6 +38,8 @@ class ToolCalls:
         self.made = False
         #: Where the host has sent the running execution on the lane, and takes calls there.
         self.lane: LaneCalls | None = None
+        #: The host's tools of now; a wrapper that code has kept may be of an older one, and the broker says so.
+        self.known: frozenset[str] = frozenset()
         self._keys = itertools.count(1)
 
     def call(self, tool: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,7 +76,7 @@ class ToolCalls:
     ) -> tuple[ToolCallStatus, Sequence[frames.Blob]]:
         """Make a call in the shortest way that there is; return where it stands."""
         lane = self.lane
-        if lane is not None and not blobs:
+        if lane is not None and not blobs and body["tool"] in self.known:
             key = f"{next(self._keys):x}"
             [frame] = frames.dump_frame({"type": "call", **body, "key": key})
             answer = lane.ask(bytes(frame), key) if len(frame) <= limits.MAX_LANE_BYTES else Unanswered.NOT_TOLD

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 
+from broker.framed import Cancel, FramedConnection, Request
+from broker.logs import Log
 from broker.protocol import limits
 from broker.protocol.blob_file import BlobFile
 from broker.protocol.frames import FILES_UPGRADE, FRAMED_UPGRADE, Blob, FrameAssembler, dump_frame
+from broker.protocol.messages import Progress
 from broker.testing import InProcessBroker
 
 UPGRADE = f"GET /v1/frames HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {FRAMED_UPGRADE}\r\n\r\n"
@@ -355,3 +362,117 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(box: InProcessBroker, s
     for fd in (file.fd, unsealed, reading, writing):
         os.close(fd)
     client.sock.close()
+
+
+# What is said aside
+
+
+class Aside:
+    """A connection that hears asides, and what it was asked; its other end is ``sock``."""
+
+    def __init__(self) -> None:
+        self.sock, self.theirs = socket.socketpair()
+        self.sock.settimeout(20)
+        self.executions: list[Request] = []
+        self.answers: list[str] = []
+        self._received = 0
+        routes = {("POST", "sessions", "executions"): self._execute, ("POST", "tool-calls", "result"): self._answer}
+        self.connection = FramedConnection(self.theirs, None, routes, Log(io.StringIO()))  # type: ignore[arg-type]
+        self.connection.hear_asides()
+        self.greenlet = gevent.spawn(self.connection.serve)
+
+    def _execute(self, request: Request) -> Cancel | None:
+        self.executions.append(request)
+        return lambda: None
+
+    def _answer(self, request: Request) -> Cancel | None:
+        self.answers.append(request.argument)
+        return None
+
+    def execute(self) -> None:
+        self.sock.sendall(b"".join(dump_frame({"request": "POST /v1/sessions/s/executions", "body": {}})))
+
+    def aside(self, call_id: str) -> bytes:
+        return b"".join(dump_frame({"request": f"POST /v1/tool-calls/{call_id}/result", "body": {}, "aside": True}))
+
+    def read(self) -> int:
+        """Read what there is; return how much that was, from the start."""
+        with contextlib.suppress(BlockingIOError):
+            self._received += len(self.sock.recv(1 << 20))
+        return self._received
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        give_up_at = time.monotonic() + 20
+        while not ready():
+            assert time.monotonic() < give_up_at
+            gevent.sleep(0.001)
+
+    def close(self) -> None:
+        self.connection.attend(True)
+        self.sock.close()
+        self.theirs.close()
+        self.greenlet.join(20)
+
+
+@pytest.fixture
+def aside() -> Iterator[Aside]:
+    made = Aside()
+    yield made
+    made.close()
+
+
+def test_asides_are_heard_while_a_request_is_answered_however_many_come_at_once(aside: Aside) -> None:
+    aside.execute()
+    aside.sock.sendall(b"".join(aside.aside(f"c{number}") for number in range(200)))
+    aside.until(lambda: len(aside.answers) == 200)
+    assert aside.answers == [f"c{number}" for number in range(200)]
+    assert len(aside.executions) == 1
+
+
+def test_all_that_has_arrived_is_heard_by_whoever_needs_it_now(aside: Aside) -> None:
+    aside.execute()
+    aside.until(lambda: len(aside.executions) == 1)
+    aside.connection.attend(False)
+    aside.sock.sendall(b"".join(aside.aside(f"c{number}") for number in range(200)))
+    assert aside.connection.read_now()
+    assert len(aside.answers) == 200
+    assert not aside.connection.read_now()
+
+
+def test_half_a_frame_is_no_news(aside: Aside) -> None:
+    aside.connection.attend(False)
+    aside.sock.sendall(aside.aside("c")[:10])
+    assert aside.connection.read_now()
+    assert not aside.connection.read_now()
+
+
+def test_an_aside_that_came_while_a_reply_was_leaving_is_heard_afterwards(aside: Aside) -> None:
+    aside.execute()
+    aside.until(lambda: len(aside.executions) == 1)
+    aside.executions[0].answer((Progress(execution_id="e", running=True, more=True), [b"x" * (8 << 20)]))
+    aside.sock.sendall(aside.aside("c"))
+    aside.until(lambda: not aside.connection._watcher.active)  # it has seen that something is there
+    aside.sock.setblocking(False)
+    aside.until(lambda: aside.read() > 8 << 20)
+    aside.until(lambda: aside.answers == ["c"])
+
+
+def test_the_next_request_waits_for_its_turn_and_is_served_though_who_sent_it_is_gone(aside: Aside) -> None:
+    aside.execute()
+    aside.execute()
+    aside.until(lambda: aside.connection._next is not None)
+    aside.sock.close()
+    for _ in range(10):
+        gevent.sleep(0.001)
+    assert len(aside.executions) == 1
+    aside.executions[0].answer(None)  # the worker has told the host
+    aside.until(lambda: len(aside.executions) == 2)
+    aside.executions[1].answer(None)
+
+
+def test_what_may_not_be_said_aside_is_not_done_and_ends_nothing(aside: Aside) -> None:
+    for request in ("POST /v1/sessions/s/executions", "GET /", "nonsense", "POST /v1/tool-calls/c/start"):
+        aside.sock.sendall(b"".join(dump_frame({"request": request, "body": {}, "aside": True})))
+    aside.sock.sendall(aside.aside("c"))
+    aside.until(lambda: aside.answers == ["c"])
+    assert aside.executions == []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from broker.protocol.frames import FrameAssembler, dump_frame
+from broker.session import Session
 from broker.testing import InProcessBroker
 from tests.broker.test_framed import FramedClient
 
@@ -56,7 +59,7 @@ class LaneClient(FramedClient):
     def tell(self, execution_id: str, code: str, sent_at: float | None = None) -> None:
         """Tell the worker."""
         header = {"type": "execute", "execution_id": execution_id, "code": code, "variables": {}, "drop": []}
-        header |= {"pipe": "kept", "sent_at": time.monotonic() if sent_at is None else sent_at}
+        header |= {"pipe": "kept", "calls": True, "sent_at": time.monotonic() if sent_at is None else sent_at}
         self.lane.sendall(b"".join(dump_frame(header)))
 
     def both(self, code: str) -> str:
@@ -72,12 +75,43 @@ class LaneClient(FramedClient):
             self.lane_frames.add(data)
         return frame[0]
 
+    def called(self) -> dict[str, Any]:
+        """Return the tool call that comes on the lane next."""
+        while (frame := self.heard())["type"] != "call":
+            pass  # the end of the one before, which the broker has told too
+        return {**frame, "call_id": f"{frame['execution_id']}-{frame['key']}"}
+
+    def aside(self, call: dict[str, Any], value: Any, epoch: int = 1) -> None:
+        """Tell the broker of an answer, and nobody else."""
+        request = f"POST /v1/tool-calls/{call['call_id']}/result?epoch={epoch}"
+        frame = {"request": request, "body": {"attempt": 1, "value": value}, "aside": True}
+        self.sock.sendall(b"".join(dump_frame(frame)))
+
+    def answer(self, call: dict[str, Any], value: Any) -> None:
+        """Answer a call as the host does: the broker first."""
+        self.aside(call, value)
+        self.on_lane(call, state="done", attempt=1, value=value)
+
+    def on_lane(self, call: dict[str, Any], **fields: Any) -> None:
+        """Tell the worker of a call."""
+        self.lane.sendall(b"".join(dump_frame({"type": "answer", "key": call["key"], **fields})))
+
+    def call_state(self, call: dict[str, Any]) -> Any:
+        status, body, _ = self.box.host.request("GET", f"/v1/tool-calls/{call['call_id']}")
+        return body["state"] if status == 200 else body["error"]["code"]
+
     def stored(self, execution_id: str) -> dict[str, Any]:
         """Return the broker's reply to an execution, waiting for its end."""
         wanted = {"limit": 0, "wait_s": 20, "execution_id": execution_id}
         status, progress, _ = self.box.host.request("POST", f"/v1/sessions/{self.session}/claims", wanted)
         assert status == 200, progress
         return progress["result"]
+
+    def ended(self, execution_id: str) -> dict[str, Any]:
+        """Wait until worker or broker have told the end of an execution; return what the broker has stored."""
+        assert select.select([self.sock, self.lane], [], [], 20)[0]
+        self.box.host.request("POST", f"/v1/executions/{execution_id}/interrupt", {})  # the broker reads what there is
+        return self.stored(execution_id)
 
     def close(self) -> None:
         self.sock.close()
@@ -129,12 +163,217 @@ def test_what_is_printed_comes_from_the_broker(client: LaneClient, code: str) ->
     assert (status, progress["result"]["output"], progress["result"]["value"]) == (200, "hello\n", 2)
 
 
-def test_a_tool_call_and_the_end_of_its_execution_come_from_the_broker(client: LaneClient) -> None:
-    client.both("ask(1) + 1")
-    _, progress, _ = client.receive()
-    [claim] = progress["claims"]
+def test_a_tool_call_goes_by_the_lane_and_the_broker_knows_of_it_and_of_its_answer(
+    client: LaneClient, patient: None
+) -> None:
+    execution_id = client.both("ask(1) + 1")
+    call = client.called()
+    assert (call["tool"], call["args"], call["kwargs"], call["execution_id"]) == ("ask", [1], {}, execution_id)
+    client.answer(call, 41)
+    assert client.stored(execution_id)["value"] == 42
+    assert client.call_state(call) == "done"
+
+
+def test_a_call_that_the_host_refuses_the_broker_offers_as_the_same_attempt(client: LaneClient) -> None:
+    execution_id = client.both("ask(1) + 1")
+    call = client.called()
+    client.on_lane(call, told="refused")
+    [claim] = client.receive()[1]["claims"]
+    assert (claim["call_id"], claim["attempt"]) == (call["call_id"], 1)
     client.box.host.request("POST", f"/v1/tool-calls/{claim['call_id']}/result", {"attempt": 1, "value": 41})
+    assert client.stored(execution_id)["value"] == 42
+
+
+def test_a_call_whose_lane_ends_is_offered_by_the_broker(client: LaneClient) -> None:
+    client.both("ask(1) + 1")
+    call = client.called()
+    client.lane.shutdown(socket.SHUT_RDWR)
+    [claim] = client.receive()[1]["claims"]
+    assert (claim["call_id"], claim["attempt"]) == (call["call_id"], 1)
+    client.aside(call, 41)
     assert client.receive()[1]["result"]["value"] == 42
+
+
+def test_an_answer_that_the_lane_does_not_bring_comes_from_the_broker(client: LaneClient) -> None:
+    execution_id = client.both("ask(1) + 1")
+    call = client.called()
+    client.on_lane(call)
+    client.aside(call, 41)
+    assert client.stored(execution_id)["value"] == 42
+    assert client.call_state(call) == "done"
+
+
+def test_answers_of_other_calls_are_not_taken_for_this_one(client: LaneClient) -> None:
+    execution_id = client.both("[ask(1), ask(2)]")
+    first = client.called()
+    client.on_lane({"key": "fff"}, state="done", attempt=1, value="another's")
+    client.answer(first, "one")
+    second = client.called()
+    client.answer(first, "one again")
+    client.answer(second, "two")
+    assert client.stored(execution_id)["value"] == ["one", "two"]
+
+
+def test_a_deadline_ends_a_call_on_the_lane(client: LaneClient) -> None:
+    execution_id = client.announce("ask(1)", timeout_s=0.3)
+    client.tell(execution_id, "ask(1)")
+    call = client.called()
+    assert client.stored(execution_id)["outcome"] == "timed_out"
+    assert client.call_state(call) == "expired"
+    assert client.run("1")["value"] == 1
+
+
+def test_an_interrupt_ends_a_call_on_the_lane_and_keeps_the_session(client: LaneClient) -> None:
+    client.run("kept = 1")
+    for _ in range(10):
+        execution_id = client.both("ask(1)")
+        call = client.called()
+        client.box.host.request("POST", f"/v1/executions/{execution_id}/interrupt", {})
+        assert client.stored(execution_id)["outcome"] == "interrupted"
+        assert client.call_state(call) == "cancelled"
+        client.answer(call, "late")
+    assert client.run("kept")["value"] == 1
+
+
+@pytest.fixture
+def unread(box: InProcessBroker, monkeypatch: pytest.MonkeyPatch, patient: None) -> Iterator[LaneClient]:
+    """One whose broker reads nothing by itself while the lane is in use."""
+    monkeypatch.setattr("broker.lull.LULL_S", 60.0)
+    made = LaneClient(box)
+    yield made
+    made.close()
+    box.host.request("DELETE", f"/v1/sessions/{made.session}")
+
+
+def test_an_answer_counts_also_where_the_broker_has_not_read_of_its_call(unread: LaneClient) -> None:
+    execution_id = unread.both("ask(1) + 1")
+    call = unread.called()
+    unread.on_lane(call)
+    path = f"/v1/tool-calls/{call['call_id']}/result"
+    status, body, _ = unread.box.host.request("POST", path, {"attempt": 1, "value": 41})
+    assert (status, body["state"]) == (200, "done")
+    assert unread.stored(execution_id)["value"] == 42
+
+
+def test_answers_that_nobody_has_read_count_however_many(unread: LaneClient) -> None:
+    execution_id = unread.both("[ask(n) for n in range(50)][-1]")
+    calls = []
+    for number in range(50):  # more than are taken at a time
+        calls.append(unread.called())
+        unread.answer(calls[-1], number)
+    assert unread.ended(execution_id)["value"] == 49
+    assert {unread.call_state(call) for call in calls} == {"done"}
+
+
+def test_what_the_worker_tells_the_broker_alone_it_rings_for(unread: LaneClient) -> None:
+    for number in range(3):
+        unread.both(f"print({number})")
+        assert unread.receive()[1]["result"]["output"] == f"{number}\n"
+
+
+def test_what_comes_in_the_ordinary_way_is_read_as_it_comes(unread: LaneClient) -> None:
+    unread.both("1")
+    assert unread.heard()["value"] == 1
+    assert unread.run("2")["value"] == 2
+
+
+def test_of_a_call_that_got_to_the_old_client_the_new_one_is_told(
+    client: LaneClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, heard = tmp_path / "now", []
+    attach = Session.attach
+
+    def called_in_between(session: Session, *args: Any) -> Any:
+        now.touch()  # the worker calls at this very moment
+        heard.append(client.lane.recv(65536))
+        return attach(session, *args)
+
+    monkeypatch.setattr(Session, "attach", called_in_between)
+    client.run(f"import os\ndef call():\n    while not os.path.exists({str(now)!r}): pass\n    return ask(1)")
+    execution_id = client.both("call()")
+    attached = client.box.host.request("POST", f"/v1/sessions/{client.session}/attach", {"epoch": 1})[1]
+    assert (heard, attached["started"]) == ([b""], [])
+    path = f"/v1/sessions/{client.session}/claims?epoch=2"
+    claims = client.box.host.request("POST", path, {"wait_s": 20, "execution_id": execution_id})[1]["claims"]
+    assert [(claim["tool"], claim["attempt"]) for claim in claims] == [("ask", 1)]
+    result = f"/v1/tool-calls/{claims[0]['call_id']}/result?epoch=2"
+    client.box.host.request("POST", result, {"attempt": 1, "value": "new"})
+    ended = client.box.host.request("POST", path, {"limit": 0, "wait_s": 20, "execution_id": execution_id})[1]
+    assert ended["result"]["value"] == "new"
+
+
+def test_the_new_client_is_told_of_a_call_that_only_the_old_one_has_heard_of(unread: LaneClient) -> None:
+    unread.both("ask(1)")
+    call = unread.called()
+    attached = unread.box.host.request("POST", f"/v1/sessions/{unread.session}/attach", {"epoch": 1})[1]
+    assert [started["call_id"] for started in attached["started"]] == [call["call_id"]]
+
+
+def test_call_and_answer_that_are_read_together_with_their_execution_count(unread: LaneClient) -> None:
+    unread.both("0")  # from here on the broker reads nothing
+    if select.select([unread.sock, unread.lane], [], [], 20)[0] == [unread.lane]:
+        unread.heard()
+    execution_id = unread.both("ask(1) + 1")
+    call = unread.called()
+    unread.answer(call, 41)
+    assert unread.ended(execution_id)["value"] == 42
+    assert unread.call_state(call) == "done"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_answer_that_was_given_before_an_attach_counts_and_one_after_it_does_not(
+    unread: LaneClient, before: bool
+) -> None:
+    execution_id = unread.both("ask(1)")
+    call = unread.called()
+    if before:
+        unread.aside(call, "old")
+    attached = unread.box.host.request("POST", f"/v1/sessions/{unread.session}/attach", {"epoch": 1})[1]
+    assert [each["call_id"] for each in attached["started"]] == ([] if before else [call["call_id"]])
+    if not before:
+        unread.aside(call, "too late")
+        done = f"/v1/tool-calls/{call['call_id']}/result?epoch=2"
+        assert unread.box.host.request("POST", done, {"attempt": 1, "value": "new"})[0] == 200
+    wanted = {"limit": 0, "wait_s": 20, "execution_id": execution_id}
+    ended = unread.box.host.request("POST", f"/v1/sessions/{unread.session}/claims?epoch=2", wanted)[1]
+    assert ended["result"]["value"] == ("old" if before else "new")
+
+
+def test_who_is_refused_ends_no_lane(client: LaneClient) -> None:
+    status = client.box.host.request("POST", f"/v1/sessions/{client.session}/attach", {"epoch": 7})[0]
+    assert status == 409
+    client.lane.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.lane.recv(1)
+
+
+FORGE_CALL = (
+    "import gc, json, struct\n"
+    "inbox = next(o for o in gc.get_objects() if type(o).__name__ == 'Inbox')\n"
+    "current = next(o for o in gc.get_objects() if type(o).__name__ == 'Current')\n"
+    "def forge(key='1', **more):\n"
+    "    header = {'type': 'call', 'key': key, 'execution_id': current.execution.execution_id, 'tool': 'ask'}\n"
+    "    head = json.dumps({**header, 'args': [], 'kwargs': {}, **more}).encode()\n"
+    "    return struct.pack('>I', len(head)) + head\n"
+)
+
+
+def test_a_call_of_an_execution_that_came_in_the_ordinary_way_does_not_count_as_begun(client: LaneClient) -> None:
+    client.run(FORGE_CALL)
+    client.run("inbox._channel._sock.sendall(forge('abc'))")
+    assert client.call_state({"call_id": "o3-abc"}) == "unknown_call"
+
+
+@pytest.mark.parametrize("more", ["key='zz'", "tool='other'", "execution_id='other'", "args=['x' * 33_000]", "args=5"])
+def test_calls_that_make_no_sense_do_not_count_and_a_hundred_end_the_session(client: LaneClient, more: str) -> None:
+    client.run(FORGE_CALL)
+    lives = client.both(f"for n in range(90): inbox._channel._sock.sendall(forge({more}))\n'lives'")
+    assert client.stored(lives)["value"] == "lives"
+    client.both(f"for n in range(20): inbox._channel._sock.sendall(forge({more}))\nwhile True: pass")
+    give_up_at = time.monotonic() + 20
+    while (lost := client.box.host.request("GET", f"/v1/sessions/{client.session}")[1]["lost"]) is None:
+        assert time.monotonic() < give_up_at
+    assert lost == "protocol"
 
 
 def test_what_never_comes_on_the_lane_the_broker_brings(client: LaneClient) -> None:

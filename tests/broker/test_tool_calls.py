@@ -6,7 +6,7 @@ import pytest
 
 from broker.errors import CallGone, LeaseExpired, TooManyCalls, UnknownCall
 from broker.protocol import limits
-from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult
+from broker.protocol.messages import CallState, ErrorInfo, ToolCallRequest, ToolResult, Verdict
 from broker.testing import FakeClock
 from broker.tool_calls import REMEMBERED_CALLS, TERMINAL, IllegalTransition, ToolCall, ToolCallQueue
 
@@ -264,3 +264,91 @@ def test_no_terminal_state_is_ever_left(queue: ToolCallQueue, state: CallState) 
     for to in CallState:
         with pytest.raises(IllegalTransition):
             queue._move(call, to)
+
+
+# Calls that went by the lane
+
+
+def begun(queue: ToolCallQueue, key: str = "1", lease_s: float = 60) -> ToolCall:
+    call = queue.begun(f"e-{key}", asked(key), size=1, idempotent=False, lease_s=lease_s)
+    assert call is not None
+    return call
+
+
+def test_a_call_that_went_by_the_lane_is_started_and_waits_for_its_holders_answer_alone(queue: ToolCallQueue) -> None:
+    call = begun(queue)
+    assert (call.call_id, call.state, call.attempt, queue.held, queue.claimable) == ("e-1", CallState.STARTED, 1, 1, 0)
+    assert queue.claim(limit=10, lease_s=60) == []
+    queue.finish("e-1", answer("told"))
+    assert (call.state, call.value, len(queue)) == (CallState.DONE, "told", 0)
+
+
+def test_the_same_call_by_the_lane_again_or_under_a_key_that_was_posted_is_none(queue: ToolCallQueue) -> None:
+    begun(queue)
+    assert queue.begun("e-1", asked("1"), size=1, idempotent=False, lease_s=60) is None
+    posted = queue.submit(asked("2"))
+    assert queue.begun("e-2", asked("2"), size=1, idempotent=False, lease_s=60) is None
+    assert queue.submit(asked("1")) is queue.get("e-1")
+    assert queue.claim(limit=10, lease_s=60) == [posted]
+
+
+def test_calls_by_the_lane_count_like_others() -> None:
+    queue = ToolCallQueue(max_open=2, max_open_bytes=10)
+    queue.begun("e-1", asked("1"), size=8, idempotent=False, lease_s=60)
+    with pytest.raises(TooManyCalls):
+        queue.begun("e-2", asked("2"), size=3, idempotent=False, lease_s=60)
+    queue.begun("e-2", asked("2"), size=2, idempotent=False, lease_s=60)
+    with pytest.raises(TooManyCalls):
+        queue.begun("e-3", asked("3"), size=0, idempotent=False, lease_s=60)
+
+
+def test_a_call_by_the_lane_is_offered_once_more_as_the_same_attempt(queue: ToolCallQueue) -> None:
+    call = begun(queue)
+    queue.offer_again(call)
+    queue.offer_again(call)
+    assert (queue.claimable, queue.held) == (1, 0)
+    assert queue.claim(limit=10, lease_s=60, start=True) == [call]
+    assert (call.state, call.attempt, queue.claimable, queue.held) == (CallState.STARTED, 1, 0, 1)
+
+
+def test_an_answer_takes_the_offer_back(queue: ToolCallQueue) -> None:
+    call = begun(queue)
+    queue.offer_again(call)
+    queue.finish(call.call_id, answer(1))
+    assert (call.state, queue.claimable, queue.claim(limit=10, lease_s=60)) == (CallState.DONE, 0, [])
+    queue.offer_again(call)
+    assert queue.claimable == 0
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_call_that_was_claimed_is_never_offered_again(queue: ToolCallQueue, start: bool) -> None:
+    call = queue.submit(asked())
+    queue.claim(limit=1, lease_s=60, start=start)
+    queue.offer_again(call)
+    assert queue.claimable == 0
+
+
+def test_a_new_holder_is_told_of_a_call_by_the_lane_and_alone_says_what_becomes_of_it(queue: ToolCallQueue) -> None:
+    call = begun(queue)
+    queue.offer_again(call)
+    assert queue.take_over() == [call]
+    queue.offer_again(call)
+    assert queue.claim(limit=10, lease_s=60) == []
+    queue.resolve(call.call_id, 1, Verdict.QUEUED)
+    assert queue.claim(limit=10, lease_s=60, start=True) == [call]
+    assert call.attempt == 2
+    queue.offer_again(call)
+    assert queue.claim(limit=10, lease_s=60) == []
+
+
+def test_a_call_by_the_lane_whose_holder_falls_silent_is_unknown_in_the_end(
+    queue: ToolCallQueue, clock: FakeClock
+) -> None:
+    call = begun(queue, lease_s=10)
+    queue.offer_again(call)
+    clock.advance(10)
+    queue.expire_leases()
+    assert queue.claim(limit=1, lease_s=60) == []
+    clock.advance(limits.ATTACH_GRACE_S)
+    queue.expire_leases()
+    assert call.state is CallState.UNKNOWN

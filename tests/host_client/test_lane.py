@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -281,3 +282,184 @@ def test_calls_of_many_threads_come_back_to_those_who_made_them(warm: SandboxInt
     )
     for _ in range(3):
         assert warm.execute(code) is True
+
+
+CALLS = "[double(n) for n in range(20)]"
+
+
+class Called:
+    """Counts the tool calls that were answered on the lane."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        answer = Lane.answer
+
+        def counted(lane: Lane, *args: Any) -> bool:
+            told = answer(lane, *args)
+            self.count += told
+            return told
+
+        monkeypatch.setattr(Lane, "answer", counted)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Called:
+    return Called(monkeypatch)
+
+
+def test_tool_calls_are_answered_on_the_lane(warm: SandboxInterpreter, called: Called) -> None:
+    for _ in range(5):
+        assert warm.execute(CALLS) == [2 * n for n in range(20)]
+    assert called.count > 0
+
+
+@pytest.mark.parametrize("size", [1, 4_000, 4_100, 32_300, 32_500, 32_700, 33_000, 300_000])
+def test_arguments_and_results_of_any_size_arrive(warm: SandboxInterpreter, size: int) -> None:
+    warm.tools["echo"] = lambda value: value
+    for _ in range(3):
+        assert warm.execute(f"[echo('x' * {size}), echo([7] * ({size} // 2)) == [7] * ({size} // 2)]") == [
+            "x" * size,
+            True,
+        ]
+
+
+def test_values_that_json_lacks_and_errors_arrive(warm: SandboxInterpreter) -> None:
+    def fail(text: str) -> None:
+        raise ValueError(text)
+
+    warm.tools["echo"], warm.tools["fail"] = lambda value: value, fail
+    code = "[repr(echo(value)) == repr(value) for value in (float('nan'), 10**50, [1, b'x'], {'a': None})]"
+    assert warm.execute(code) == [True] * 4
+    assert warm.execute("echo(10**3000) == 10**3000") is True
+    code = "try: fail('y' * {0})\nexcept ValueError as error: seen = len(str(error))\nseen"
+    assert [warm.execute(code.format(size)) for size in (5, 5_000, 40_000)] == [5, 5_000, 40_000]
+
+
+def test_a_tool_that_takes_long_is_waited_for(warm: SandboxInterpreter) -> None:
+    warm.tools["slow"] = lambda: time.sleep(0.1) or "late"
+    for _ in range(3):
+        assert warm.execute("slow()") == "late"
+
+
+def test_no_more_tools_run_at_once_than_may(broker: InProcessBroker) -> None:
+    now, most, lock = 0, 0, threading.Lock()
+
+    def busy(number: int) -> int:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.001)
+        with lock:
+            now -= 1
+        return number
+
+    settings = SandboxSettings(journal=":memory:", history=False, max_concurrent_tools=1)
+    code = (
+        "import threading\n"
+        "threads = [threading.Thread(target=lambda: [busy(n) for n in range(5)]) for _ in range(3)]\n"
+        "for thread in threads: thread.start()\n"
+        "found = [busy(n) for n in range(8)]\n"
+        "for thread in threads: thread.join()\n"
+        "found"
+    )
+    with SandboxInterpreter({"busy": busy}, provider=FakeProvider(broker), settings=settings) as interpreter:
+        for _ in range(12):
+            assert interpreter.execute(code) == list(range(8))
+    assert most == 1
+
+
+def test_a_tool_may_execute_in_another_session_and_calls_there_go_by_the_lane_too(
+    broker: InProcessBroker, warm: SandboxInterpreter
+) -> None:
+    with SandboxInterpreter({"triple": lambda n: 3 * n}, provider=FakeProvider(broker), settings=SETTINGS) as other:
+        warm.tools["nested"] = lambda n: other.execute(f"triple({n})")
+        for number in range(5):
+            assert warm.execute(f"nested({number}) + double(1)") == 3 * number + 2
+
+
+@pytest.mark.parametrize("includes", [True, False])
+def test_the_time_of_tools_on_the_lane_counts_as_asked_for(broker: InProcessBroker, includes: bool) -> None:
+    tools = {"slow": lambda: time.sleep(1.3)}
+    provider, settings = FakeProvider(broker), dataclasses.replace(SETTINGS, timeout_includes_tools=includes)
+    with SandboxInterpreter(tools, provider=provider, settings=settings, execution_timeout_s=1.0) as interpreter:
+        interpreter.execute("1")
+        if includes:
+            with pytest.raises(contract().code_error, match="ExecutionTimedOut"):
+                interpreter.execute("slow()")
+        else:
+            assert interpreter.execute("slow(); 5") == 5
+
+
+def test_forked_children_threads_and_event_loops_call_tools_while_the_main_thread_does(
+    warm: SandboxInterpreter,
+) -> None:
+    code = (
+        "import asyncio, os, threading\n"
+        "found = []\n"
+        "threads = [threading.Thread(target=lambda n=n: found.append(double(n))) for n in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "pid = os.fork()\n"
+        "if pid == 0: os._exit(double(8))\n"
+        "async def both(): return await asyncio.gather(asyncio.to_thread(double, 10), asyncio.sleep(0, double(11)))\n"
+        "mine = [double(9), *asyncio.run(both())]\n"
+        "for thread in threads: thread.join()\n"
+        "[sorted(found), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), mine]"
+    )
+    for _ in range(3):
+        assert warm.execute(code) == [[0, 2, 4, 6], 16, [18, 20, 22]]
+
+
+def test_a_tool_that_is_gone_is_refused_however_often_and_the_session_lives(warm: SandboxInterpreter) -> None:
+    warm.tools["triple"] = lambda n: 3 * n
+    warm.execute("kept = triple")
+    del warm.tools["triple"]
+    code = (
+        "said = set()\n"
+        "for _ in range(150):\n"
+        "    try: kept(1)\n"
+        "    except Exception as error: said.add(str(error))\n"
+        "list(said)"
+    )
+    [said] = warm.execute(code)
+    assert said.startswith("there is no tool 'triple'")
+
+
+def test_branches_call_tools_and_leave_nothing_open(warm: SandboxInterpreter) -> None:
+    listing = "import os\nlen(os.listdir('/proc/self/fd'))"
+    warm.execute("double(1)")
+    counts = []
+    for _ in range(3):
+        [branch] = warm.fork(1)
+        with branch:
+            assert [branch.execute("print('x')"), branch.execute("double(2)"), branch.execute("1")] == ["x", 4, 1]
+            counts.append(branch.execute(listing))
+            assert warm.execute("double(3)") == 6
+    assert counts[0] == counts[-1]
+
+
+def test_calls_of_many_executions_leave_nothing_behind(warm: SandboxInterpreter) -> None:
+    lanes: Any = warm._session.client._lanes  # type: ignore[union-attr]
+    for number in range(100):
+        assert warm.execute(f"double({number})") == 2 * number
+    assert lanes._calls == {}
+
+
+FORGE_CALL = FIND_LANE + (
+    "from broker.protocol.frames import dump_frame\n"
+    "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
+    "def forge(key, tool='double'):\n"
+    "    header = {'type': 'call', 'key': key, 'execution_id': worker._current.execution.execution_id, 'tool': tool}\n"
+    "    return b''.join(dump_frame({**header, 'args': [1], 'kwargs': {}}))\n"
+)
+
+
+def test_a_call_that_is_told_twice_runs_once(warm: SandboxInterpreter) -> None:
+    for _ in range(3):
+        runs: list[int] = []
+        warm.tools["count"] = runs.append  # one of the execution before may still run
+        code = (
+            "if lane: lane._sock.send(forge('abc', 'count') * 5); worker._channel._sock.send(forge('abc', 'count'))\n1"
+        )
+        assert warm.execute(FORGE_CALL + code) == 1
+        assert len(runs) <= 1
