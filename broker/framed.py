@@ -42,6 +42,8 @@ _READABLE = 1
 #: Served in one turn of the event loop; whoever sends more in a row is not the only one served.
 _MOST_FRAMES = 32
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+#: Answers to calls that the broker has not heard of; a worker that told the host alone is never going to tell.
+_MOST_EARLY = 1_000
 
 
 class Connected(Protocol):
@@ -103,7 +105,13 @@ def host_routes(sessions: Sessions) -> Routes:
 
     def answer(request: Request) -> Cancel | None:
         session, call = host_requests.answer(
-            sessions, request.argument, request.query, request.body, request.blobs, request.size
+            sessions,
+            request.argument,
+            request.query,
+            request.body,
+            request.blobs,
+            request.size,
+            reads=not request.aside,  # this may be within the reading of what it would read
         )
         if request.aside:
             session.core.tool_calls.note_read(call)  # the host has told its caller too
@@ -209,11 +217,8 @@ class FramedConnection:
 
     def read_now(self) -> bool:
         """Serve what has arrived, as far as its turn has come; tell whether anything new had."""
-        if self._held_back is not None:
-            return False  # it is being read: somebody caught up for what it said
         arrived = False
-        early = self._say_early()  # some calls may still not be known, where this is within the worker's word of one
-        self._early = early + self._early
+        self._say_early()
         self._take_all()
         while not (self._is_deaf() or self._ended.is_set()) and self._readable():
             arrived = True
@@ -299,14 +304,15 @@ class FramedConnection:
             Whether there may be more of them: whoever sends many in a row is not the only one served.
         """
         held: list[Blob] = []
-        self._held_back = held
+        outer = self._held_back
+        self._held_back = held if outer is None else outer
         for _ in range(_MOST_FRAMES):
             if not self._take_frame() or self._last or self._is_deaf() or not self._frames.started:
                 more = False
                 break
         else:
             more = not self._ended.is_set()
-        self._held_back = None
+        self._held_back = outer
         if held and not self._ended.is_set():
             self._post(held)
         if more and self._hears_asides:  # after which no reply is sent, and so nobody goes on
@@ -351,17 +357,17 @@ class FramedConnection:
     def _handle_aside(self, header: JsonObject, blobs: Sequence[Blob]) -> None:
         """Take an answer that nobody waits to be told about: what is refused counts as never said.
 
-        Where its call is not known yet, the worker's word of that is just being read, and it comes once more.
+        Where its call is not known, the worker's word of that is read in a moment: it is kept until then.
         """
-        early = header, blobs, self._frames.size
-        if not self._say_aside(*early):
-            self._early.append(early)
+        aside = header, blobs, self._frames.size
+        if not self._say_aside(*aside):
+            self._early = [*self._early[-_MOST_EARLY:], aside]
             gevent.get_hub().loop.run_callback(self._say_early)
 
-    def _say_early(self) -> list[tuple[JsonObject, Sequence[Blob], int]]:
-        """Say once more what came before its call; return what is still of no known call."""
+    def _say_early(self) -> None:
+        """Say once more what came before its call."""
         early, self._early = self._early, []
-        return [each for each in early if not self._say_aside(*each)]
+        self._early = [each for each in early if not self._say_aside(*each)]
 
     def _say_aside(self, header: JsonObject, blobs: Sequence[Blob], size: int) -> bool:
         """Pass an answer on; tell whether its call was known."""

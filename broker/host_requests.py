@@ -97,12 +97,12 @@ def claim_later(
 
 
 def answer(
-    sessions: Sessions, call_id: str, query: Query, body: JsonObject, blobs: Blobs, size: int
+    sessions: Sessions, call_id: str, query: Query, body: JsonObject, blobs: Blobs, size: int, *, reads: bool = True
 ) -> tuple[LiveSession, ToolCall]:
-    """Store a tool's answer. The body is a ToolResult."""
+    """Store a tool's answer. The body is a ToolResult; ``reads`` is ``Sessions.tool_call``'s."""
     if size > limits.MAX_TOOL_CALL_BYTES:
         raise BadRequest(f"an answer of {size} bytes; at most {limits.MAX_TOOL_CALL_BYTES} are taken")
-    session, _ = sessions.tool_call(call_id)
+    session, _ = sessions.tool_call(call_id, reads=reads)
     check_epoch(session, query)
     return session, session.finish_call(call_id, ToolResult.from_json(body), blobs, size)
 

@@ -262,13 +262,18 @@ class Sessions:
                     return session, execution
         raise UnknownExecution(f"no execution {execution_id[:64]!r}")
 
-    def tool_call(self, call_id: str) -> tuple[LiveSession, ToolCall]:
+    def tool_call(self, call_id: str, *, reads: bool = True) -> tuple[LiveSession, ToolCall]:
         """Find a tool call by its id in any session.
+
+        Args:
+            call_id: The call.
+            reads: Read what the workers have said first, where it is not known: of a call on the lane the host may know
+                before we do.
 
         Raises:
             UnknownCall: Never made, or forgotten since.
         """
-        for catches_up in (False, True):  # of a call on the lane the host may know before we have read of it
+        for catches_up in (False, True) if reads else (False,):
             for session in list(self):
                 if catches_up:
                     session.catch_up()
