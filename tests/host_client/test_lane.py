@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from broker.errors import TooManyCalls
+from broker.protocol.messages import CallState
 from broker.session import Session
 from broker.testing import InProcessBroker
 from broker.tool_calls import ToolCallQueue
@@ -464,3 +466,29 @@ def test_a_call_that_is_told_twice_runs_once(warm: SandboxInterpreter) -> None:
         )
         assert warm.execute(FORGE_CALL + code) == 1
     assert len(runs) == len(set(runs))
+
+
+def test_the_broker_knows_how_each_call_ended_whatever_else_comes_on_the_lane(
+    warm: SandboxInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unanswered: list[str] = []
+    close = ToolCallQueue.close
+
+    def noted(queue: ToolCallQueue, state: CallState) -> None:
+        unanswered.extend(queue._open)
+        close(queue, state)
+
+    monkeypatch.setattr(ToolCallQueue, "close", noted)
+    chosen = random.Random(0)
+    for number in range(400):
+        code, value = chosen.choice(
+            [
+                (f"double({number})", 2 * number),
+                (f"{number} + 1", number + 1),
+                (f"print({number})", str(number)),
+                (f"[double(n) for n in range({number % 30})]", [2 * n for n in range(number % 30)]),
+                (f"import time\ntime.sleep({number % 40 / 1000})\ndouble({number})", 2 * number),
+            ]
+        )
+        assert warm.execute(code) == value
+    assert unanswered == []
