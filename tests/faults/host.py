@@ -12,7 +12,7 @@ from typing import Any
 
 from host_client import SandboxInterpreter
 from host_client.errors import SandboxError
-from tests.faults.seams import Step, StrikingJournal, StrikingProvider, counting
+from tests.faults.seams import Step, StrikingJournal, StrikingProvider, counting, strike_on_lane
 
 #: What it runs. The variable before the call shows later whether the namespace is the same.
 CODE = """
@@ -55,6 +55,9 @@ def main(spec: dict[str, Any]) -> None:
         journal=StrikingJournal(spec["journal"], strike),
     )
     try:
+        if spec["on_lane"]:
+            strike_on_lane(strike)
+            interpreter.execute("1")  # from the second execution on there is a lane
         interpreter.execute(CODE)
         print("finished", flush=True)
     except SandboxError as error:

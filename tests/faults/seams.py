@@ -11,13 +11,15 @@ from broker.protocol.frames import Blob
 from broker.protocol.messages import ToolResult
 from host_client.broker_client import HttpBrokerClient, News
 from host_client.journal import CallKey, CallRecord, Holder, SqliteJournal
+from host_client.lane import Lane
+from host_client.lane_user import LaneUser
 from host_client.providers.base import SandboxHandle
 from host_client.providers.fake import FakeProvider, RunningBroker
 from host_client.transport import Reply, UnixSocketTransport
 
 
 class Step(str, enum.Enum):
-    """The life of a call on the host, in its order."""
+    """The life of a call on the host, in its order; ``TOLD_BROKER`` on the lane only, before its caller is told."""
 
     CLAIM_UNREAD = "claim unread"
     CLAIMED = "claimed"
@@ -25,6 +27,7 @@ class Step(str, enum.Enum):
     MID_TOOL = "mid-tool"
     RAN = "ran"
     RECORDED = "recorded"
+    TOLD_BROKER = "told broker"
     REPLY_LOST = "reply lost"
     ACKNOWLEDGED = "acknowledged"
 
@@ -62,6 +65,22 @@ class StrikingClient(HttpBrokerClient):
         news = super().answer(call_id, result, blobs, claim=claim)
         self._strike(Step.REPLY_LOST)
         return news
+
+
+def strike_on_lane(strike: Strike) -> None:
+    """Strike also where calls come and are answered on the lane, in this whole process."""
+    read, tell = LaneUser._called, Lane._send_soon
+
+    def called(user: LaneUser, *args: Any) -> None:
+        strike(Step.CLAIM_UNREAD)
+        read(user, *args)
+
+    def told(lane: Lane, frame: Sequence[Blob]) -> None:
+        strike(Step.TOLD_BROKER)
+        tell(lane, frame)
+
+    LaneUser._called = called  # type: ignore[method-assign]
+    Lane._send_soon = told  # type: ignore[method-assign]
 
 
 class StrikingJournal(SqliteJournal):

@@ -41,8 +41,9 @@ IDEMPOTENT = {
     Step.REPLY_LOST: (ANSWERED, 1),
     Step.ACKNOWLEDGED: (ANSWERED, 1),
 }
-CASES = [(False, step, *expected) for step, expected in UNDECLARED.items()]
-CASES += [(True, step, *expected) for step, expected in IDEMPOTENT.items()]
+CASES = [(lane, False, step, *expected) for lane in (False, True) for step, expected in UNDECLARED.items()]
+CASES += [(lane, True, step, *expected) for lane in (False, True) for step, expected in IDEMPOTENT.items()]
+CASES += [(True, idempotent, Step.TOLD_BROKER, ANSWERED, 1) for idempotent in (False, True)]
 
 LATE = (Step.REPLY_LOST, Step.ACKNOWLEDGED)
 
@@ -76,10 +77,11 @@ def struck_host(spec: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize(("idempotent", "step", "seen", "runs"), CASES)
+@pytest.mark.parametrize(("on_lane", "idempotent", "step", "seen", "runs"), CASES)
 def test_a_session_goes_on_wherever_its_host_was_struck(
     box: InProcessBroker,
     tmp_path: Path,
+    on_lane: bool,
     idempotent: bool,
     step: Step,
     seen: str,
@@ -93,6 +95,7 @@ def test_a_session_goes_on_wherever_its_host_was_struck(
         "journal": str(journal),
         "counter": str(counter),
         "idempotent": idempotent,
+        "on_lane": on_lane,
         "step": step.value,
         "signal": signal_sent,
     }
