@@ -152,6 +152,12 @@ def lane_raw(data):
     return True
 
 
+def lane_call(key, tool="tally", *args, **more):
+    """The frame of a tool call, as the worker tells it to the broker and then to the host."""
+    header = {"type": "call", "key": key, "execution_id": execution_id(), "tool": tool, "args": args, "kwargs": {}}
+    return frame({**header, **more})
+
+
 def frame(header, *blobs):
     """A frame."""
     head = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
