@@ -223,6 +223,7 @@ def interrupt_execution(execution_id: str) -> Response:
 def show_tool_call(call_id: str) -> Response:
     """200: where a call stands. 404 ``unknown_call``."""
     session, call = _plane().sessions.tool_call(call_id)
+    session.catch_up()
     return reply(_describe_call(session, call))
 
 
@@ -298,6 +299,7 @@ def _progress(progress: WithBlobs) -> Response:
 
 
 def _describe(session: LiveSession) -> JsonObject:
+    session.catch_up()  # whoever asks may know already what is to be read
     core = session.core
     return {
         "session_id": core.session_id,

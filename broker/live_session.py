@@ -191,6 +191,7 @@ class LiveSession:
     def wait_for_end(self, execution: Execution, wait_s: float) -> WithBlobs:
         """Wait for the end of an execution, claiming nothing."""
         wanted = ClaimRequest(limit=0, wait_s=wait_s)
+        self.catch_up()
         answer: WithBlobs = in_greenlet(
             self._room, lambda deliver: self._progress_later(execution, wanted, lambda: True, _as_bytes(deliver))
         )

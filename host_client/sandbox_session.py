@@ -46,6 +46,10 @@ _FENCED_WAIT_S = 1.0
 _DEATH_NEWS_S = 1.0
 
 
+#: Reentrant, and safe to share.
+_NOTHING = nullcontext()
+
+
 class Loan(Protocol):
     """A place in a pool that a session was taken from, and who took it."""
 
@@ -322,7 +326,7 @@ class SandboxSession:
 
     def executing(self) -> AbstractContextManager[None]:
         """Mark what runs in the block, tools included, as an execution of this session."""
-        return nullcontext() if self.loan is None else self.loan.marked()
+        return _NOTHING if self.loan is None else self.loan.marked()
 
     def lost(self, error: SandboxError) -> SessionLost:
         """Return why the session is gone, after an error that it does not survive, and close it."""

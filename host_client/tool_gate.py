@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 
 
 class ToolBudgetExceeded(RuntimeError):
@@ -25,7 +24,7 @@ class ExecutionScope:
     def __init__(self) -> None:
         # Guards the three below: a gate in _gates has a call of this execution that waits, or has had one.
         self._lock = threading.Lock()
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[str, int] = {}
         self._gates: set[Gate] = set()
         self.ended = False
 
@@ -36,10 +35,11 @@ class ExecutionScope:
             ToolBudgetExceeded: It is one too many; it is not counted.
         """
         with self._lock:
-            if self._calls[tool] >= budget:
+            calls = self._calls.get(tool, 0)
+            if calls >= budget:
                 times = "once" if budget == 1 else f"{budget} times"
                 raise ToolBudgetExceeded(f"{tool}() may be called {times} in one execution; this call was not run")
-            self._calls[tool] += 1
+            self._calls[tool] = calls + 1
 
     def waits_at(self, gate: Gate) -> None:
         """Note where the end of the execution must be told."""
