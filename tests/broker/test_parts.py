@@ -367,14 +367,19 @@ def test_the_exit_reason_is_typed(status: int, oom: bool, reason: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["oom_kill_disable 0\nunder_oom 0\noom_kill {n}\n", "low 0\noom 3\noom_kill {n}\n"])
-def test_an_out_of_memory_kill_is_seen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_shortage_names_every_process_that_it_kills_and_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    now = 100.0
     file = tmp_path / "counter"
     file.write_text(text.format(n=2))
     monkeypatch.setattr("broker.supervisor.oom._COUNTERS", (tmp_path / "none", file))
-    counter = OomCounter()
+    counter = OomCounter(clock=lambda: now)
     assert not counter.rose()
-    file.write_text(text.format(n=3))
+    file.write_text(text.format(n=4))
     assert counter.rose()
+    assert counter.rose(), "the second one"
+    now += 1.5
     assert not counter.rose()
     file.unlink()
     assert not counter.rose()
