@@ -13,6 +13,7 @@ import pytest
 
 from host_client import SandboxInterpreter, SandboxSettings
 from host_client.errors import SessionLost
+from host_client.lane import Lane
 from host_client.providers.docker import DockerProvider
 from host_client.providers.docker_engine import DockerEngine
 from host_client.runtime_dir import RuntimeDir, broker_uid
@@ -147,8 +148,13 @@ def test_whoever_is_killed_at_whatever_step_the_session_is_lost_and_the_tool_ran
     engine: DockerEngine,
     runtime: RuntimeDir,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene = Scene(provider, settings, tmp_path, step)
+    if step is Step.TOLD_BROKER:
+        tell = Lane._send_soon
+        monkeypatch.setattr(Lane, "_send_soon", lambda lane, frame: (scene._strike(step), tell(lane, frame)))
+        scene.interpreter.execute("1")  # from here on there is a lane
     find, reasons = VICTIMS[victim]
     pid = find(engine.inspect(scene.container)["State"]["Pid"])
     scene.fault = lambda: os.kill(pid, signal.SIGKILL)
