@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,13 @@ class Scene:
             fault, self.fault = self.fault, None
             fault()
 
+    def await_run(self) -> None:
+        """Wait until the tool has run: a call that was taken runs, also where its session dies meanwhile."""
+        give_up_at = time.monotonic() + DEAD_WITHIN_S
+        while not count(self.counter):
+            assert time.monotonic() < give_up_at, "the tool never ran"
+            threading.Event().wait(0.01)
+
     def dies(self) -> str:
         """DEAD: run the code; return the reason of the loss that it must end with in time."""
         began = time.monotonic()
@@ -159,8 +167,9 @@ def test_whoever_is_killed_at_whatever_step_the_session_is_lost_and_the_tool_ran
     pid = find(engine.inspect(scene.container)["State"]["Pid"])
     scene.fault = lambda: os.kill(pid, signal.SIGKILL)
     assert scene.dies() in reasons
-    assert count(scene.counter) == 1
+    scene.await_run()
     scene.interpreter.shutdown()
+    assert count(scene.counter) == 1
     assert leaks(engine, runtime) == []  # NOLEAK
 
 
