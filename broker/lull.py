@@ -34,7 +34,7 @@ class Line(Protocol):
 
 
 class Bell:
-    """A pipe that wakes the broker; who holds the other end rings it by writing a byte.
+    """A pipe that wakes the broker; who holds the other end rings it by writing into it.
 
     No eventfd: that is one open file for both sides, and generated code could make our reading of it wait.
 

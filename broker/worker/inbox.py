@@ -24,7 +24,7 @@ from broker.worker.channel import Channel
 
 #: One execution runs at a time, so that at most the last few can come once more.
 _REMEMBERED = 64
-#: What an eventfd takes.
+#: Written to wake somebody: into a bell, which is a pipe, or an eventfd, which takes no less.
 ONE = (1).to_bytes(8, sys.byteorder)
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
@@ -186,5 +186,6 @@ class Inbox:
 
     def _replace_bell(self, bell: int | None) -> None:
         if self._bell is not None:
-            os.close(self._bell)
+            with contextlib.suppress(OSError):  # code has closed it: the next lane brings another one
+                os.close(self._bell)
         self._bell = bell
