@@ -82,19 +82,22 @@ class OutputPipe:
     """
 
     def __init__(self, on_overflow: Callable[[], None], on_end: Callable[[OutputPipe], None]) -> None:
-        self._buffer = OutputBuffer(0)
+        self._buffer, self._max_bytes = OutputBuffer(0), 0
         self._on_overflow, self._on_end = on_overflow, on_end
         self._carried = b""
         self._taken = self._overflowed = False
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read_end, False)
+        # For the worker, to read as well. Not a duplicate: that is one open file for both, and generated code could
+        # make our reading of it wait.
+        self.second_read_end = os.open(f"/proc/self/fd/{self._read_end}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # past the user's share of pipe memory the default must do
             fcntl.fcntl(self._read_end, 1031, PIPE_BYTES)  # F_SETPIPE_SZ has no name in Python 3.9's fcntl
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)
 
     def begin(self, max_bytes: int, *, watch: bool = True) -> None:
         """Keep so many bytes of what comes from now on; without ``watch``, what fits into the pipe stays in there."""
-        self._buffer = OutputBuffer(max_bytes)
+        self._buffer, self._max_bytes = OutputBuffer(max_bytes), max_bytes
         self._buffer.add(self._carried)
         self._carried = b""
         self._taken = self._overflowed = False
@@ -115,31 +118,47 @@ class OutputPipe:
         """Whether it has come to its end."""
         return self._read_end < 0
 
-    def close_write_end(self) -> None:
-        """Close our copy of the writing end once the worker has its own."""
+    def close_workers_ends(self) -> None:
+        """Close our copies of the worker's ends once it has its own."""
         if self.write_end >= 0:
             os.close(self.write_end)
-            self.write_end = -1
+            os.close(self.second_read_end)
+            self.write_end = self.second_read_end = -1
 
-    def take(self) -> Output:
-        """Return what was printed up to now. Later output is read and thrown away, so that no writer blocks."""
-        self.close_write_end()
+    def take(self, rest: str = "") -> Output:
+        """Return what was printed up to now. Later output is read and thrown away, so that no writer blocks.
+
+        Args:
+            rest: The last of it, which is not in the pipe any more.
+        """
+        self.close_workers_ends()
         left = self._bytes_waiting()
         while left > 0 and self._read_end >= 0:
             left -= self._read(min(left, _READ_BYTES)) or left
         self._taken = True
+        if rest:
+            self._buffer.add(rest.encode())
         output = self._buffer.output()
         self._buffer = OutputBuffer(0)
         return output
 
-    def leave(self) -> None:
-        """End an execution that is known to have printed nothing: what is here is of the next one, not yet heard of."""
+    def leave(self, printed: str) -> Output:
+        """End an execution whose output is known: what is here is of the next one, not yet heard of.
+
+        Args:
+            printed: The output.
+        """
         self._carried = self._buffer.kept
         self.rest()
+        if not printed:
+            return Output()
+        buffer = OutputBuffer(self._max_bytes)
+        buffer.add(printed.encode())
+        return buffer.output()
 
     def close(self) -> None:
         """Close both ends. Idempotent."""
-        self.close_write_end()
+        self.close_workers_ends()
         if self._read_end < 0:
             return
         self._watcher.stop()
@@ -221,16 +240,17 @@ class OutputPipes:
         if self._next is None and not self._closed:
             self._next = OutputPipe(self._on_overflow, self._ended)
 
-    def take(self, *, keep: bool = False) -> Output:
+    def take(self, rest: str = "", *, keep: bool = False) -> Output:
         """Return what the execution printed.
 
         Args:
+            rest: The last of it, which the worker has taken out of the pipe.
             keep: Nobody but the worker holds the pipe, and it may be used again.
         """
         pipe, self._current = self._current, None
         if pipe is None:
             return Output()
-        output = pipe.take()
+        output = pipe.take(rest)
         if keep and not pipe.closed:
             self._kept = pipe
             pipe.rest()
@@ -240,12 +260,19 @@ class OutputPipes:
             self._left_over[0].close()
         return output
 
-    def leave(self) -> None:
-        """Keep the pipe, and whatever is in it, for the next execution."""
+    def leave(self, printed: str) -> Output:
+        """Keep the pipe, and whatever is in it, for the next execution; return what this one printed.
+
+        Args:
+            printed: All of it, which the worker has taken out of the pipe.
+        """
         pipe, self._current = self._current, None
-        if pipe is not None and not pipe.closed:
-            pipe.leave()
+        if pipe is None:
+            return Output()
+        output = pipe.leave(printed)
+        if not pipe.closed:
             self._kept = pipe
+        return output
 
     def close(self) -> None:
         """Close every pipe."""

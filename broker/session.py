@@ -74,15 +74,16 @@ class Worker(Protocol):
     def interrupt(self) -> None:
         """Send SIGINT; ``Session.interrupt_delivered`` is called once it was sent."""
 
-    def take_output(self, *, keep: bool) -> Output:
+    def take_output(self, rest: str, *, keep: bool) -> Output:
         """Return what the execution printed, up to now; what comes later is thrown away.
 
         Args:
+            rest: The last of it, as the worker says, which has taken it out of the pipe itself.
             keep: The next execution shall print into the same pipe, which nobody else holds.
         """
 
-    def leave_output(self) -> None:
-        """The execution printed nothing, into a pipe that is kept: what is in there is of the next one."""
+    def leave_output(self, printed: str) -> Output:
+        """Return what the execution printed, which the worker has told; what is in its pipe is of the next one."""
 
     def kill(self) -> None:
         """Kill every process of the session and remove its files."""
@@ -97,6 +98,7 @@ class _Report:
     display: str | None
     error: ErrorInfo | None
     blobs: Blobs
+    printed: str
     keeps_pipe: bool
     told: bool
 
@@ -334,6 +336,9 @@ class Session:
         if header.get("type") == "call":
             self._called(header, size)
             return
+        if header.get("type") == "prints":
+            self._prints(header)
+            return
         if not self._awaited(header) or self.tool_calls.held:
             self._catch_up()  # the host's word, which was sent before: of the execution, or of a call's answer
         if not self._awaited(header):
@@ -371,6 +376,15 @@ class Session:
         except TooManyCalls:
             pass  # the host has refused it too, or will have its answer refused
         except (UnknownTool, reading.BadRequest):
+            self._stray()
+
+    def _prints(self, header: JsonObject) -> None:
+        """The running execution fills its pipe: do not leave it to the lane any longer."""
+        if self._running is None or self._running.execution_id != header.get("execution_id"):
+            self._catch_up()
+        if self._running is not None and self._running.execution_id == header.get("execution_id"):
+            self._forward(self._running)
+        else:
             self._stray()
 
     def _stray(self) -> None:
@@ -531,12 +545,12 @@ class Session:
     def _end(
         self, execution: Execution, outcome: Outcome, error: ErrorInfo | None, report: _Report | None = None
     ) -> None:
-        output = Output()
         execution.kept_pipe = report is not None and report.keeps_pipe
+        printed = "" if report is None else report.printed
         if execution.told:  # and the host may have sent the next one, which may have printed already
-            self._worker.leave_output()
+            output = self._worker.leave_output(printed)
         else:
-            output = self._worker.take_output(keep=execution.kept_pipe)
+            output = self._worker.take_output(printed, keep=execution.kept_pipe)
         result = ExecutionResult(
             outcome=outcome,
             output=output.text,
@@ -578,4 +592,4 @@ class Session:
 def _read_report(header: JsonObject, blobs: Blobs) -> _Report:
     result = ExecutionResult.reported(header)
     keeps_pipe, told = header.get("pipe") == "kept", header.get("lane") is True
-    return _Report(result.outcome, result.value, result.display, result.error, blobs, keeps_pipe, told)
+    return _Report(result.outcome, result.value, result.display, result.error, blobs, result.output, keeps_pipe, told)

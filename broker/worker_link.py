@@ -171,8 +171,8 @@ class WorkerLink:
             self._channel.send({**header, "pipe": "kept"}, blobs)
             return
         pipe = self._pipes.open(max_output_bytes)
-        self._channel.send({**header, "pipe": "new"}, blobs, fds=[pipe.write_end])
-        pipe.close_write_end()
+        self._channel.send({**header, "pipe": "new", "reader": True}, blobs, fds=[pipe.write_end, pipe.second_read_end])
+        pipe.close_workers_ends()
         gevent.get_hub().loop.run_callback(self._pipes.prepare)  # while the worker works
 
     def leave_to_lane(self, *, max_output_bytes: int) -> bool:
@@ -233,13 +233,13 @@ class WorkerLink:
         assert self.pid is not None
         self._spawner.interrupt(self._slot, self.pid, self._interrupted)
 
-    def take_output(self, *, keep: bool) -> Output:
-        """Return what the execution printed, up to now."""
-        return self._pipes.take(keep=keep)
+    def take_output(self, rest: str, *, keep: bool) -> Output:
+        """See ``session.Worker.take_output``."""
+        return self._pipes.take(rest, keep=keep)
 
-    def leave_output(self) -> None:
+    def leave_output(self, printed: str) -> Output:
         """See ``session.Worker.leave_output``."""
-        self._pipes.leave()
+        return self._pipes.leave(printed)
 
     def kill(self) -> None:
         """End the worker; with the last one of its family every process and file of theirs. Idempotent."""

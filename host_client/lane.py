@@ -1,8 +1,8 @@
 """The lane: executions straight to the worker, past the broker, which is told of each at the same time.
 
 The broker keeps its record, deadline and stored reply of every execution. It is out of the way only of those that are
-over in a moment and leave nothing but a value: their result comes from the worker itself. Everything else (output, tool
-calls, an end that takes longer) comes from the broker as always, on the connection on which it was told. See
+over in a moment and leave nothing but a value and a little output: their result comes from the worker itself. Everything
+else (much output, an end that takes longer) comes from the broker as always, on the connection on which it was told. See
 ``docs/decisions/021-the-lane.md``.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from broker.protocol import limits
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
+from broker.protocol.spinner import Spinner
 from host_client.http_wire import Exchange
 
 #: Of the worker's frames; it sends no larger ones.
@@ -57,9 +58,12 @@ class Lane:
         self._exchange, self._sock = exchange, sock
         self._frames = FrameAssembler(_MOST_REPLY_BYTES)
         self._strays = 0
+        # Whether the running execution has called a tool: then its end comes later than its first word did.
+        self._called = False
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(exchange.fileno(), select.POLLIN)
+        self._for_word, self._for_end = Spinner(), Spinner()
         self._writable = select.poll()
         self._writable.register(sock.fileno(), select.POLLOUT)
         self.pid = os.getpid()
@@ -126,7 +130,7 @@ class Lane:
                 end.
         """
         began = time.monotonic()
-        self._strays = 0
+        self._strays, self._called = 0, False
         self._exchange.begin(timeout_s)
         with self._telling:
             self._exchange.send_frame(announcement)
@@ -135,7 +139,7 @@ class Lane:
             left_s = began + timeout_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError("no answer in time")
-            ready = [fd for fd, _ in self._poll.poll(left_s * 1000)]
+            ready = (self._for_end if self._called else self._for_word).wait(self._poll, left_s)
             # The broker first: where the lane has broken, no claim that has come is left lying.
             if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
                 return None
@@ -218,6 +222,7 @@ class Lane:
             if frame[0].get("execution_id") == execution_id:
                 if frame[0].get("type") != "call":
                     return frame
+                self._called = True
                 on_call(frame[0], self._frames.size)
                 continue
             self._strays += 1

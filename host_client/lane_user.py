@@ -159,8 +159,14 @@ class LaneUser:
         on_call: Callable[[Claim], None],
     ) -> Worker | bool:
         announcement = {"request": f"POST {path}&stream=1&lane=1", "body": request.to_json()}
-        execution = {**request.to_worker(), "pipe": "kept", "calls": True, "sent_at": time.monotonic()}
-
+        prints = min(request.max_output_bytes, limits.MAX_LANE_OUTPUT_BYTES)
+        execution = {
+            **request.to_worker(),
+            "pipe": "kept",
+            "calls": True,
+            "output_bytes": prints,
+            "sent_at": time.monotonic(),
+        }
         goes_on = False
 
         def on_frame(header: dict[str, Any], blobs: Sequence[Blob]) -> bool:

@@ -176,6 +176,8 @@ class ExecutionResult:
     def reported(cls, data: Any) -> ExecutionResult:
         """Read what a worker says of an execution of its own: how it ended, and nothing that it cannot know.
 
+        Its ``printed`` is what it has taken out of the pipe itself.
+
         Raises:
             BadRequest: It makes no sense, or is not a worker's to tell.
         """
@@ -186,6 +188,7 @@ class ExecutionResult:
         display = read.optional_text("display")
         return cls(
             outcome=outcome,
+            output=read.text("printed", "", max_chars=limits.MAX_LANE_OUTPUT_BYTES),
             value=read.raw("value", None),
             display=display if display is None else display[: limits.MAX_DISPLAY_CHARS],
             error=ErrorInfo.from_json(read.raw("error")) if read.has("error") else None,

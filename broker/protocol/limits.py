@@ -67,6 +67,12 @@ LANE_REPLY_S = 0.01
 #: much of a stream as one piece), and is read at once.
 MAX_LANE_BYTES = 32 << 10
 
+#: So much output the worker takes back out of the pipe and tells with an execution's end, on the lane.
+MAX_LANE_OUTPUT_BYTES = 16 << 10
+
+#: Of an execution that prints more than this the broker reads the output at once: it is less than any pipe holds.
+LANE_PIPE_BYTES = 32 << 10
+
 #: How long the broker leaves an execution to the lane before it brings it itself, and reads what it prints.
 LANE_PATIENCE_S = 0.03
 

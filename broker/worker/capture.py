@@ -15,8 +15,10 @@ import io
 import os
 import sys
 import termios
+from collections.abc import Callable
 from typing import Any
 
+from broker.protocol import limits
 from broker.worker.current import Current
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
@@ -25,20 +27,35 @@ _STARTS_PROCESSES = frozenset(
     {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen", "ctypes.dlopen", "ctypes.dlsym"}
 )
 _buffered_write = io.BufferedWriter.write
+_NO_LIMIT = sys.maxsize
 
 
 class _Buffer(io.BufferedWriter):
-    """The shared buffer. Threads of ended executions write into nothing; nobody closes it."""
+    """The shared buffer. Threads of ended executions write into nothing; nobody closes it.
 
-    def __init__(self, current: Current) -> None:
+    Args:
+        current: Tells them apart.
+        on_much: Called once when so much is about to be written since ``room`` was set.
+
+    Attributes:
+        room: In bytes.
+    """
+
+    def __init__(self, current: Current, on_much: Callable[[], None]) -> None:
         raw = io.FileIO(_STDOUT, "wb", closefd=False)
         raw.name = "<stdout>"
         super().__init__(raw)
-        self._current = current
+        self._current, self._on_much = current, on_much
+        self.room = _NO_LIMIT
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
         if self._current.is_stale():
-            return memoryview(data).nbytes
+            return size
+        self.room -= size
+        if self.room < 0:
+            self.room = _NO_LIMIT
+            self._on_much()
         return _buffered_write(self, data)
 
     def close(self) -> None:
@@ -69,10 +86,17 @@ class _Stream(io.TextIOWrapper):
 
 
 class Capture:
-    """Leads output into one execution's pipe at a time."""
+    """Leads output into one execution's pipe at a time.
 
-    def __init__(self, current: Current) -> None:
-        self._current = current
+    Args:
+        current: The running execution.
+        on_much: Told when an execution that began with ``alone`` prints more than the pipe should hold.
+    """
+
+    def __init__(self, current: Current, on_much: Callable[[], None]) -> None:
+        self._current, self._on_much = current, on_much
+        # The other end of the pipe, or -1.
+        self._reader = -1
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._stdin = sys.stdin
         self._build()
@@ -82,12 +106,21 @@ class Capture:
         sys.addaudithook(self._watch)
         self.end()
 
-    def begin(self, fd: int | None, *, kept: bool = False) -> None:
-        """Lead output into ``fd``, which is closed here, or into the pipe that was ``kept``."""
+    def begin(self, fd: int | None, reader: int | None = None, *, kept: bool = False, alone: bool = False) -> None:
+        """Lead output into ``fd``, which is closed here, or into the pipe that was ``kept``.
+
+        Args:
+            fd: Writing end of a pipe.
+            reader: Its other end, which is owned from here on.
+            kept: Go on with the pipe there is.
+            alone: Nobody reads what is printed, for now.
+        """
         if kept:
             self._shared = False
             self._restore()
+            self._buffer.room = limits.LANE_PIPE_BYTES if alone else _NO_LIMIT
             return
+        self._replace_reader(-1 if reader is None else reader)
         fd = os.dup(self._null) if fd is None else fd
         os.dup2(fd, _STDOUT)
         os.dup2(fd, _STDERR)
@@ -100,6 +133,7 @@ class Capture:
         self._pipe = _identity(_STDOUT)
         self._shared = False
         self._restore()
+        self._buffer.room = _NO_LIMIT
 
     def can_be_kept(self) -> bool:
         """Tell whether nobody else holds the pipe: no process was started, no thread is left, nothing was redirected.
@@ -109,9 +143,27 @@ class Capture:
         """
         return not self._shared and not _thread._count() and _identity(_STDOUT) == self._pipe == _identity(_STDERR)
 
-    def printed_nothing(self) -> bool:
-        """Tell whether nothing waits in the pipe; true of the whole execution where nobody has read it yet."""
-        return int.from_bytes(fcntl.ioctl(_STDOUT, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder) == 0
+    def take_back(self, most: int) -> str | None:
+        """Take what waits out of the pipe: all that the execution printed, where nobody else has read of it.
+
+        Args:
+            most: In bytes.
+
+        Returns:
+            It; None, with nothing taken, where it is more, or was left to the broker to read.
+        """
+        if self._buffer.room > limits.LANE_PIPE_BYTES:
+            return None
+        waiting = int.from_bytes(fcntl.ioctl(_STDOUT, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
+        if not waiting:
+            return ""
+        # By its identity: code that closes descriptors at random may have opened another file under this number.
+        if waiting > most or _identity(self._reader) != self._pipe:
+            return None
+        try:
+            return os.read(self._reader, waiting).decode("utf-8", "replace")
+        except OSError:
+            return None
 
     def end(self) -> None:
         """Write out what the streams hold, let go of the pipe, and put back streams that were replaced."""
@@ -121,11 +173,15 @@ class Capture:
         if not written:
             self.flush()  # into nothing, lest it come out in a later execution
         self._restore()
+        self.close_reader()
 
-    @property
-    def null_fd(self) -> int:
-        """The descriptor that leads into nothing."""
-        return self._null
+    def descriptors(self) -> tuple[int, ...]:
+        """Return what is open besides the standard ones."""
+        return (self._null,) if self._reader < 0 else (self._null, self._reader)
+
+    def close_reader(self) -> None:
+        """Let go of the pipe's reading end: whoever writes when nobody reads any more shall notice."""
+        self._replace_reader(-1)
 
     def leave_pipe(self) -> None:
         """In a copy of the worker: let go of its pipe; what the streams still hold is the other one's to write."""
@@ -153,8 +209,13 @@ class Capture:
         if event in _STARTS_PROCESSES:
             self._shared = True
 
+    def _replace_reader(self, reader: int) -> None:
+        if self._reader >= 0 and _identity(self._reader) == self._pipe:
+            os.close(self._reader)
+        self._reader = reader
+
     def _build(self) -> None:
-        self._buffer = _Buffer(self._current)
+        self._buffer = _Buffer(self._current, self._on_much)
         self._stdout, self._stderr = _Stream(self._buffer, _STDOUT), _Stream(self._buffer, _STDERR)
         sys.__stdout__, sys.__stderr__ = self._stdout, self._stderr  # type: ignore[misc]
 

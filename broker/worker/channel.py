@@ -1,7 +1,7 @@
 """Frames over the socket pair between broker and worker.
 
-The first byte of an ``execute`` frame may carry descriptors (SCM_RIGHTS): the write end of the pipe for that
-execution's output, and the file with its blobs.
+The first byte of an ``execute`` frame may carry descriptors (SCM_RIGHTS): both ends of the pipe for that execution's
+output, and the file with its blobs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from broker.protocol.frames import Blob
 
 # One read fetches a whole ordinary frame.
 _READ_BYTES = 64 << 10
-_ANCILLARY_BYTES = socket.CMSG_SPACE(8)  # two descriptors
+_ANCILLARY_BYTES = socket.CMSG_SPACE(12)  # three descriptors
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+# What a frame takes of a socket's buffer beside its bytes, about.
+_FRAME_COSTS = 1 << 10
 # Pieces up to this are joined into one write; larger ones are not worth the copy.
 _JOIN_BYTES = 64 << 10
 
@@ -29,7 +31,12 @@ class FrameTooLarge(ValueError):
 
 
 class Channel:
-    """The worker's end of a socket pair: one thread reads, any thread sends."""
+    """The worker's end of a socket pair: one thread reads, any thread sends.
+
+    Attributes:
+        received: How much of the socket's buffer all frames together took that were received, in bytes.
+        sent: The same of those that were sent.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -38,6 +45,7 @@ class Channel:
         self._fds: list[int] = []
         # Threads tell of their tool calls while the main thread tells a result.
         self._sending = threading.Lock()
+        self.received = self.sent = 0
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -54,10 +62,12 @@ class Channel:
             FrameError: What came is no frame.
         """
         header, blobs = frames.read_frame(self._read_exactly)
+        self.received += _FRAME_COSTS
         # By what the header says: one read may have brought the descriptor of the next frame too.
         fd = self._fds.pop(0) if self._fds and _brings_descriptor(header) else None
-        if header.get("bell") is True:
-            header["bell"] = self._fds.pop(0) if self._fds else None
+        for name in ("bell", "reader"):
+            if header.get(name) is True:
+                header[name] = self._fds.pop(0) if self._fds else None
         if header.get("file") is True:
             file = BlobFile(self._fds.pop(0), header["blobs"])
             blobs = list(file.views())
@@ -72,6 +82,7 @@ class Channel:
     def send_now(self, frame: bytes) -> bool:
         """Send a frame if all of it leaves at once. Where it does not, the connection is of no more use."""
         with contextlib.suppress(OSError), self._sending:
+            self._count(len(frame))
             if self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
                 return True
         self.end()
@@ -80,6 +91,7 @@ class Channel:
     def send_whole(self, frame: bytes) -> bool:
         """Send a frame that the kernel takes as one piece, or nothing at all; tell whether it was sent."""
         with contextlib.suppress(OSError), self._sending:
+            self._count(len(frame))
             return self._sock.send(frame) == len(frame)
         return False
 
@@ -124,6 +136,7 @@ class Channel:
         if frames.containers(bytes(pieces[0])) > limits.MAX_JSON_CONTAINERS:
             raise FrameTooLarge(f"a frame of more than {limits.MAX_JSON_CONTAINERS:,} lists and dicts")
         with self._sending:
+            self._count(sum(map(len, pieces)))
             if file is not None:
                 sent = self._sock.sendmsg(pieces, rights([file.fd]))
                 pieces = [memoryview(pieces[0])[sent:]]
@@ -131,6 +144,9 @@ class Channel:
                 pieces = [b"".join(pieces)]
             for piece in pieces:
                 self._sock.sendall(piece)
+
+    def _count(self, size: int) -> None:
+        self.sent += size + _FRAME_COSTS
 
     def _read_exactly(self, size: int) -> Blob:
         if len(self._buffer) >= size:
@@ -148,6 +164,7 @@ class Channel:
             self._fds += descriptors(ancillary)
         if not data:
             raise EOFError("the broker closed the channel")
+        self.received += len(data)
         return data
 
     def _read_large(self, size: int) -> bytearray:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from broker.protocol import frames
 from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
+from broker.protocol.spinner import Spinner
 from broker.worker.channel import Channel
 
 #: One execution runs at a time, so that at most the last few can come once more.
@@ -28,6 +29,9 @@ _REMEMBERED = 64
 ONE = (1).to_bytes(8, sys.byteorder)
 #: Above this a result is the broker's to bring: the host reads the lane while it holds nothing else up.
 _MOST_REPLY_BYTES = 64 << 10
+#: The broker is rung for when so much may lie in one of the sockets' buffers, which hold about 200 KB: who finds one
+#: full waits.
+_MOST_UNREAD_BYTES = 96 << 10
 
 
 class Message(NamedTuple):
@@ -58,7 +62,11 @@ class Inbox:
         self._lane: Channel | None = None
         self._bell: int | None = None
         self._poll = select.poll()
+        self._spinner = Spinner()
         self._seen: deque[str] = deque(maxlen=_REMEMBERED)
+        # Of the channel what was sent, of the lane what was received (the broker was sent about the same), when the
+        # bell was rung last.
+        self._rung_at = 0, 0
         # What the broker has said while code ran, other than what is thrown away.
         self._kept: deque[Message] = deque()
 
@@ -85,7 +93,9 @@ class Inbox:
 
     def tell_broker(self, frame: bytes) -> bool:
         """Send a small frame as a whole; tell whether it was sent."""
-        return self._channel.send_whole(frame)
+        sent = self._channel.send_whole(frame)
+        self.ring_if_much()
+        return sent
 
     def skim(self) -> None:
         """Read what the broker says while code runs, and keep what asks for something new.
@@ -124,12 +134,23 @@ class Inbox:
         """Tell the host; where that does not work, it sees the end of the lane and asks the broker."""
         if self._lane is not None:
             self._lane.send_now(frame)
+            self.ring_if_much()
 
     def ring(self) -> None:
         """Wake the broker: while the lane is in use, it does not look at each frame as it comes."""
         if self._bell is not None:
+            self._rung_at = self._loads()
             with contextlib.suppress(OSError):
                 os.write(self._bell, ONE)
+
+    def ring_if_much(self) -> None:
+        """Wake the broker where much may lie unread that it was told, by us or by the host."""
+        (sent, received), (rung_sent, rung_received) = self._loads(), self._rung_at
+        if max(sent - rung_sent, received - rung_received) > _MOST_UNREAD_BYTES:
+            self.ring()
+
+    def _loads(self) -> tuple[int, int]:
+        return self._channel.sent, 0 if self._lane is None else self._lane.received
 
     def close(self) -> None:
         """Close both ends here."""
@@ -160,8 +181,7 @@ class Inbox:
         if self._lane is None or self._channel.has_more:
             return Message(*self._channel.receive(), on_lane=False)
         # Always the channel first: the broker may end the lane, and what is left in there must not run then.
-        ready = self._poll.poll(0 if self._lane.has_more else None)
-        if self._channel.fileno() in [fd for fd, _ in ready]:
+        if self._channel.fileno() in self._spinner.wait(self._poll, 0 if self._lane.has_more else None):
             return Message(*self._channel.receive(), on_lane=False)
         try:
             header, blobs, fd = self._lane.receive()
@@ -177,6 +197,7 @@ class Inbox:
             self._lane = Channel(socket.socket(fileno=fd))
             for each in (self._channel, self._lane):
                 self._poll.register(each.fileno(), select.POLLIN)
+            self._rung_at = self._loads()
 
     def _close_lane(self) -> None:
         if self._lane is not None:

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 from broker.protocol import frames
+from broker.protocol.spinner import Spinner
 from broker.worker.channel import Channel
 from broker.worker.inbox import ONE, Inbox
 
@@ -75,6 +76,7 @@ class LaneCalls:
         self._reader = threading.Lock()
         self._torn = False
         self._polled: tuple[Channel, select.poll] | None = None
+        self._spinner = Spinner()
         # Wakes the reader for another reason than an answer; made when it is needed.
         self._alarm = -1
 
@@ -191,7 +193,7 @@ class LaneCalls:
             for fd in (lane.fileno(), self._inbox.fileno(), self._alarm):
                 poll.register(fd, select.POLLIN)
             self._polled = lane, poll
-        ready = [fd for fd, _ in self._polled[1].poll()]
+        ready = self._spinner.wait(self._polled[1])
         if self._alarm in ready:
             with contextlib.suppress(OSError):
                 os.read(self._alarm, len(ONE))

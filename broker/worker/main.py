@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol import limits
-from broker.protocol.frames import Blob
+from broker.protocol.frames import Blob, dump_frame
 from broker.protocol.messages import OutputField, ToolDefinition
 from broker.worker import branching
 from broker.worker.capture import Capture
@@ -47,7 +47,7 @@ class Worker:
         self._lane_calls = LaneCalls(self._inbox)
         self._current = Current()
         self._calls = ToolCalls(plane, self._current)
-        self._capture = Capture(self._current)
+        self._capture = Capture(self._current, self._prints_much)
         self._interrupts = Interrupts(self._current, self._calls.cut_waits)
         self._submit = Submit(self._current, self._cut_off)
         self._proxies = Proxies(self._calls)
@@ -80,7 +80,10 @@ class Worker:
                 self._calls.lane.open()
             ending = self._execute(header, blobs, fd)
             self._lane_calls.stop()
-            self._send(header["execution_id"], ending, on_lane=on_lane and self._is_momentary(header))
+            printed = self._take_printed(header) if on_lane else None
+            # Asked once more: later the broker may have read a part of it.
+            told = printed is not None and self._is_soon(header)
+            self._send(header["execution_id"], ending, printed or "", on_lane=told)
             del ending  # a large value must not stay until the next one
             self._calls.cut_waits()
             self._calls.let_go()
@@ -94,7 +97,7 @@ class Worker:
         self._interrupts.restore()
         self._calls.made = False
         self._current.execution = execution  # from here on SIGINT counts
-        self._capture.begin(fd, kept=header.get("pipe") == "kept")
+        self._capture.begin(fd, header.get("reader"), kept=header.get("pipe") == "kept", alone="sent_at" in header)
         self._threads.adopt_pools()
         self._repl.drop(header.get("drop", ()))
         self._rebind(header)
@@ -143,7 +146,7 @@ class Worker:
         return (
             *self._inbox.descriptors(),
             *self._lane_calls.descriptors(),
-            self._capture.null_fd,
+            *self._capture.descriptors(),
             *self._calls.descriptors(),
         )
 
@@ -158,20 +161,32 @@ class Worker:
     def _bind(self) -> None:
         self._repl.bind({**self._proxies.functions, "SUBMIT": self._submit.function})
 
-    def _is_momentary(self, header: dict[str, Any]) -> bool:
-        """Tell whether the host may hear of an execution before the broker does: it left nothing but its value.
+    def _take_printed(self, header: dict[str, Any]) -> str | None:
+        """Return all that an execution printed, where the host may hear of its end before the broker does; else None.
 
-        Counted from when the host sent it, on the clock that all processes of a machine share: later the broker may
-        have read what was printed.
+        It may where the execution was over in a moment and left nothing but its value and a little output.
         """
-        return (
-            self._keeps_pipe
-            and 0 <= time.monotonic() - header["sent_at"] < limits.LANE_REPLY_S
-            and not self._calls.made
-            and self._capture.printed_nothing()
-        )
+        if not self._keeps_pipe or self._calls.made or not self._is_soon(header):
+            return None
+        return self._capture.take_back(header.get("output_bytes", 0))
 
-    def _send(self, execution_id: str, ending: Ending, *, on_lane: bool) -> None:
+    @staticmethod
+    def _is_soon(header: dict[str, Any]) -> bool:
+        """Tell whether the broker cannot have begun to read what an execution prints.
+
+        Counted from when the host sent it, on the clock that all processes of a machine share.
+        """
+        return bool(0 <= time.monotonic() - header["sent_at"] < limits.LANE_REPLY_S)
+
+    def _prints_much(self) -> None:
+        """Have the broker read what an execution prints that came on the lane: the pipe would be full soon."""
+        execution = self._current.execution
+        if execution is not None:
+            frame = b"".join(dump_frame({"type": "prints", "execution_id": execution.execution_id}))
+            self._inbox.tell_broker(frame)
+            self._inbox.ring()
+
+    def _send(self, execution_id: str, ending: Ending, printed: str, *, on_lane: bool) -> None:
         header = {
             "type": "result",
             "execution_id": execution_id,
@@ -180,6 +195,8 @@ class Worker:
             "display": ending.display,
             "error": None if ending.error is None else ending.error.to_json(),
         }
+        if printed:
+            header["printed"] = printed
         if self._keeps_pipe:
             header["pipe"] = "kept"
         frame = self._inbox.lane_frame(header, ending.blobs) if on_lane else None
@@ -204,6 +221,7 @@ class Worker:
         """In a process that generated code forked: it is no worker, and shares no connection with one."""
         self._current.in_child = True
         self._inbox.close()
+        self._capture.close_reader()
         self._calls.forget_connections()
 
     def _end_child(self, ending: Ending) -> None:

@@ -39,7 +39,7 @@ class NotingWorker:
     def interrupt(self) -> None:
         self.interrupts += 1
 
-    def take_output(self, *, keep: bool) -> Output:
+    def take_output(self, rest: str, *, keep: bool) -> Output:
         assert not self.killed, "output is taken before the pipes are closed"
         return self.printed
 

@@ -47,7 +47,7 @@ class NoWorker:
     def interrupt(self) -> None:
         pass
 
-    def take_output(self, *, keep: bool) -> Output:
+    def take_output(self, rest: str, *, keep: bool) -> Output:
         return Output("", 0)
 
     def kill(self) -> None:

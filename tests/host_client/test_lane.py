@@ -109,6 +109,29 @@ def test_variables_and_new_tools_arrive(warm: SandboxInterpreter) -> None:
         warm.execute("triple(1)")
 
 
+def test_a_little_output_comes_on_the_lane_and_much_of_it_as_well_as_ever(
+    warm: SandboxInterpreter, taken: Taken
+) -> None:
+    assert until_taken(warm, taken, "print('é' * 100)") == "é" * 100
+    assert until_taken(warm, taken, "import sys; print('o'); print('e', file=sys.stderr)") == "o\ne"
+    for count in (1, 500, 8_000, 8_500, 20_000, 45_000):
+        assert warm.execute(f"print('é' * {count})") == "é" * count
+    assert warm.execute("for n in range(30_000): print(n)").startswith("0\n1\n")
+    warm.execute("import os")
+    assert warm.execute("os.system('echo from elsewhere'); None") == "from elsewhere"
+
+
+def test_the_limit_of_output_holds_on_the_lane(broker: InProcessBroker) -> None:
+    settings = dataclasses.replace(SETTINGS, max_output_bytes=1024)
+    with SandboxInterpreter(provider=FakeProvider(broker), settings=settings, execution_timeout_s=20) as made:
+        for _ in range(20):
+            made.execute("print('x' * 1023)")
+            assert made.last_result is not None
+            assert (made.last_result.output, made.last_result.discarded_output_bytes) == ("x" * 1023 + "\n", 0)
+            made.execute("print('x' * 2000)")
+            assert (made.last_result.output, made.last_result.discarded_output_bytes) == ("x" * 1024, 977)
+
+
 def test_output_and_tool_calls_are_not_lost(warm: SandboxInterpreter) -> None:
     for number in range(20):
         assert warm.execute(f"print({number})") == f"{number}"
