@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from benchmarks.state import TOOLS
 
 _WORKER_SIDE = Path(__file__).with_name("worker_side")
 _WORKER_COUNTS = "import sys; sys.modules['sitecustomize'].COUNTER.of_this_process()"
+#: How often who spins looks is a matter of time, not of what there is to do.
+_NO_SPINNING = "import broker.protocol.spinner; broker.protocol.spinner._WORTH_IT = False"
 _BROKER_THREAD = "in-process-broker"
 #: What is counted, and what it stands for.
 METRICS = {
@@ -49,10 +52,14 @@ def _operations(interpreter: Any) -> dict[str, Callable[[], Any]]:
 def count() -> Counts:
     """Return the counts of one operation: by operation, role and metric."""
     # Here, not above: nothing of ours is imported before it is decided who watches.
+    from broker import lull
+    from broker.protocol import spinner
     from broker.testing import InProcessBroker
     from host_client import SandboxInterpreter, SandboxSettings
     from host_client.providers.fake import FakeProvider
 
+    spinner._WORTH_IT = False
+    lull.LULL_S = 0.002  # lest the broker's reading of many executions fall into the count after theirs
     counter = Counter("host")
     # Without the history, whose thread writes what it has gathered at a moment of its own: in one count or in another.
     settings = SandboxSettings(journal=":memory:", history=False)
@@ -62,6 +69,7 @@ def count() -> Counts:
         [thread] = [one for one in threading.enumerate() if one.name == _BROKER_THREAD]
         counter.broker_is(thread)
         with SandboxInterpreter(tools=TOOLS, settings=settings, provider=FakeProvider(broker)) as interpreter:
+            interpreter.execute(_NO_SPINNING)
 
             def snapshot() -> _Taken:
                 worker = interpreter.execute(_WORKER_COUNTS)
@@ -77,7 +85,8 @@ def _counted(snapshot: Callable[[], _Taken], run: Callable[[], Any]) -> dict[str
     for _ in range(_OPERATIONS):
         run()
     used = snapshot() - before
-    return {role: {metric: round(used[role, metric] / _OPERATIONS) for metric in METRICS} for role in ROLES}
+    # Rounded up: what the broker does for many operations at once is something too.
+    return {role: {metric: math.ceil(used[role, metric] / _OPERATIONS) for metric in METRICS} for role in ROLES}
 
 
 if __name__ == "__main__":

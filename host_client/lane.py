@@ -1,9 +1,9 @@
 """The lane: executions straight to the worker, past the broker, which is told of each at the same time.
 
 The broker keeps its record, deadline and stored reply of every execution. It is out of the way only of those that are
-over in a moment and leave nothing but a value and a little output: their result comes from the worker itself. Everything
-else (much output, an end that takes longer) comes from the broker as always, on the connection on which it was told. See
-``docs/decisions/021-the-lane.md``.
+over in a moment and leave nothing but a value and a little output: their result comes from the worker itself.
+Everything else (much output, an end that takes longer) comes from the broker as always, on the connection on which it
+was told. See ``docs/decisions/021-the-lane.md``.
 """
 
 from __future__ import annotations
