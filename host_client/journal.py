@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from host_client.batches import Batches
 from host_client.errors import CallGone, Fenced, JournalNewer, JournalUnusable, SandboxError
 
 log = logging.getLogger(__name__)
@@ -193,11 +194,10 @@ class _Change(NamedTuple):
 class _Ticket:
     """A change on its way, and what came of it."""
 
-    __slots__ = ("change", "error", "result", "settled")
+    __slots__ = ("change", "error", "result")
 
     def __init__(self, change: _Change) -> None:
         self.change = change
-        self.settled = False
         self.result: Any = None
         self.error: Exception | None = None
 
@@ -219,11 +219,11 @@ class SqliteJournal:
     def __init__(self, path: Path | str, *, clock: Callable[[], float] = time.time) -> None:
         self.path = str(path)
         self._clock = clock
-        # Guards _waiting and _done_with.
+        self._batches = Batches(self._commit)
+        # Guards _done_with.
         self._lock = threading.Lock()
-        self._waiting: list[_Ticket] = []
         self._done_with: list[CallKey] = []
-        # Held by the one thread that uses the connection. Guards _connection, _pid, _commits and _flushes.
+        # Held by whoever uses the connection. Guards _connection, _pid, _commits and _flushes.
         self._writing = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
@@ -303,30 +303,30 @@ class SqliteJournal:
 
     def close(self) -> None:
         """See ``Journal.close``."""
+        if self._connection is None or self._pid != os.getpid():
+            return
+        # Not within the lock: another thread may be about to write this together with its own.
+        with contextlib.suppress(JournalUnusable):
+            self._write(lambda db: None, durable=False)
         with self._writing:
-            if self._connection is None or self._pid != os.getpid():
-                return
-            with contextlib.suppress(JournalUnusable):
-                self._write(lambda db: None, durable=False)
-            self._connection.close()
-            self._connection = None
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+                self._connection = None
 
     def _write(self, write: Callable[[sqlite3.Connection], Any], *, durable: bool) -> Any:
         ticket = _Ticket(_Change(write, durable))
-        with self._lock:
-            self._waiting.append(ticket)
-        with self._writing:
-            # Whoever waited here may find that the thread before it has written its change too.
-            if not ticket.settled:
-                with self._lock:
-                    batch, self._waiting = self._waiting, []
-                    done_with, self._done_with = self._done_with, []
-                self._commit(batch, done_with)
+        self._batches.join(ticket)
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
 
-    def _commit(self, batch: list[_Ticket], done_with: list[CallKey]) -> None:
+    def _commit(self, batch: list[_Ticket]) -> None:
+        with self._writing:
+            with self._lock:
+                done_with, self._done_with = self._done_with, []
+            self._commit_now(batch, done_with)
+
+    def _commit_now(self, batch: list[_Ticket], done_with: list[CallKey]) -> None:
         try:
             with self._explained():
                 db = self._open()
@@ -350,9 +350,6 @@ class SqliteJournal:
                 self._done_with = done_with + self._done_with
             if not isinstance(error, (JournalUnusable, JournalNewer)):
                 raise
-        finally:
-            for ticket in batch:
-                ticket.settled = True
 
     def _flush_commits(self, db: sqlite3.Connection, durable: bool) -> None:
         """Choose whether the next commit reaches the disk, or the file only."""

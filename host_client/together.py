@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from broker.protocol.frames import FrameError
 from broker.protocol.reading import BadRequest
+from host_client.batches import Batches
 from host_client.errors import SandboxError
 from host_client.http_wire import BadReply
 
@@ -23,11 +22,10 @@ Reply = TypeVar("Reply")
 class _Ticket(Generic[Reply]):
     """A message on its way, and what came of it."""
 
-    __slots__ = ("error", "message", "reply", "settled", "timeout_s")
+    __slots__ = ("error", "message", "reply", "timeout_s")
 
     def __init__(self, message: bytes, timeout_s: float) -> None:
         self.message, self.timeout_s = message, timeout_s
-        self.settled = False
         self.reply: Reply | None = None
         self.error: BaseException | None = None
 
@@ -42,12 +40,7 @@ class Together(Generic[Reply]):
 
     def __init__(self, exchange: Callable[[Sequence[bytes], float], Sequence[Reply] | None]) -> None:
         self._exchange = exchange
-        # Guards _waiting.
-        self._lock = threading.Lock()
-        self._waiting: list[_Ticket[Reply]] = []
-        # Held by the one thread whose exchange is under way.
-        self._sending = threading.Lock()
-        self._pid = os.getpid()
+        self._batches: Batches[_Ticket[Reply]] = Batches(self._send, _MOST_TOGETHER)
 
     def send(self, message: bytes, timeout_s: float) -> Reply | None:
         """Send a message and return its reply, or None where ``exchange`` could do nothing.
@@ -55,27 +48,13 @@ class Together(Generic[Reply]):
         Raises:
             OSError, BadReply: The exchange failed, with this message or with one that travelled with it.
         """
-        if self._pid != os.getpid():  # after a fork the locks may be held by threads that are not here
-            self.__init__(self._exchange)  # type: ignore[misc]
         ticket: _Ticket[Reply] = _Ticket(message, timeout_s)
-        with self._lock:
-            self._waiting.append(ticket)
-        while not ticket.settled:
-            with self._sending:
-                # Whoever waited here may find that the thread before it has sent its message too.
-                if not ticket.settled:
-                    self._send_next(ticket)
+        self._batches.join(ticket)
         if ticket.error is not None:
             raise _again(ticket.error)
         return ticket.reply
 
-    def _send_next(self, ticket: _Ticket[Reply]) -> None:
-        with self._lock:
-            batch, self._waiting = self._waiting[:_MOST_TOGETHER], self._waiting[_MOST_TOGETHER:]
-        if ticket not in batch and ticket not in self._waiting:  # another thread of a forked child began anew
-            ticket.error, ticket.settled = ConnectionError("the process was forked"), True
-        if not batch:
-            return
+    def _send(self, batch: list[_Ticket[Reply]]) -> None:
         try:
             replies = self._exchange([each.message for each in batch], max(each.timeout_s for each in batch))
             for ticket, reply in zip(batch, replies or (), strict=replies is not None):
@@ -85,9 +64,6 @@ class Together(Generic[Reply]):
                 ticket.error = error
             if not isinstance(error, Exception):
                 raise
-        finally:
-            for ticket in batch:
-                ticket.settled = True
 
 
 def _again(error: BaseException) -> Exception:

@@ -31,6 +31,7 @@ _TABLES: dict[type[Any], str] = {
     CallRow: "calls",
 }
 #: Kept as JSON; every other text as it is.
+_COLUMNS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in _TABLES}
 _JSON = frozenset({"inputs", "outputs", "prompt", "answer"})
 _INDICES = (
     "CREATE INDEX runs_by_time ON runs (started_at)",
@@ -174,7 +175,7 @@ def _prepare(db: sqlite3.Connection) -> None:
 
 
 def _table(kind: type[Any]) -> str:
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = _COLUMNS[kind]
     key = "id" if kind is RunRow else "run_id, number"
     return f"CREATE TABLE {_TABLES[kind]} ({', '.join(names)}, PRIMARY KEY ({key})) WITHOUT ROWID"
 
@@ -194,12 +195,15 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 def write(db: sqlite3.Connection, rows: Iterable[tuple[Row, Mask]]) -> None:
     """Write rows, each masked; a row that is there already is replaced."""
+    # By kind, and each kind in one statement: a run may make thousands of calls, and it is the run's process.
+    by_kind: dict[type[Any], list[list[Any]]] = {}
+    for row, mask in rows:
+        values = [_stored(name, getattr(row, name), mask) for name in _COLUMNS[type(row)]]
+        by_kind.setdefault(type(row), []).append(values)
     with transaction(db):
-        for row, mask in rows:
-            columns = dataclasses.fields(row)
-            values = [_stored(column.name, getattr(row, column.name), mask) for column in columns]
-            marks = ", ".join("?" * len(columns))
-            db.execute(f"INSERT OR REPLACE INTO {_TABLES[type(row)]} VALUES ({marks})", values)  # noqa: S608
+        for kind, of_kind in by_kind.items():
+            marks = ", ".join("?" * len(_COLUMNS[kind]))
+            db.executemany(f"INSERT OR REPLACE INTO {_TABLES[kind]} VALUES ({marks})", of_kind)  # noqa: S608
 
 
 def prune(
@@ -247,7 +251,7 @@ def _stored(column: str, value: Any, mask: Mask) -> Any:
 
 
 def _read(db: sqlite3.Connection, kind: type[Kind], rest: str, values: tuple[Any, ...]) -> list[Kind]:
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = _COLUMNS[kind]
     query = f"SELECT {', '.join(names)} FROM {_TABLES[kind]} {rest}"  # noqa: S608
     rows = [dict(zip(names, row, strict=True)) for row in db.execute(query, values)]
     for row in rows:

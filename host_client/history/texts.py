@@ -17,6 +17,7 @@ MAX_CHARS = 100_000
 #: Of one value as JSON.
 MAX_JSON_CHARS = 1_000_000
 _MAX_ITEMS = 1_000
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _MAX_DEPTH = 8
 
 
@@ -30,8 +31,8 @@ def clipped(text: str, limit: int = MAX_CHARS) -> str:
 
 def as_json(value: Any, mask: Mask) -> str:
     """Return any value as JSON; what JSON lacks is named by its type."""
-    text = json.dumps(bounded(value, mask), ensure_ascii=False)
-    return text if len(text) <= MAX_JSON_CHARS else json.dumps(clipped(text, MAX_JSON_CHARS // 2), ensure_ascii=False)
+    text = _encode(bounded(value, mask))
+    return text if len(text) <= MAX_JSON_CHARS else _encode(clipped(text, MAX_JSON_CHARS // 2))
 
 
 class _Room:

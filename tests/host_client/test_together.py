@@ -48,7 +48,7 @@ def send_all(together: Together[bytes], gate: Gate, count: int) -> dict[bytes, b
     for thread in threads[1:]:
         thread.start()
     give_up_at = time.monotonic() + 20
-    while len(together._waiting) < count and time.monotonic() < give_up_at:
+    while together._batches.waiting < count and time.monotonic() < give_up_at:
         os.sched_yield()
     gate.go_on.set()
     for thread in threads:
