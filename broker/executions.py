@@ -37,6 +37,7 @@ class Execution:
         on_lane: Whether it was left to the lane.
         left: The worker's frame of such a one, until it is sent after all or the execution ends.
         forward_at: Clock time at which it is sent after all.
+        prints: Whether the worker has said that it prints much; once for each execution.
         told: Whether the worker itself has told the host the result, on the lane.
         kept_pipe: Whether the next one may come on the lane: its pipe is there already.
     """
@@ -56,6 +57,7 @@ class Execution:
     on_lane: bool = False
     left: tuple[dict[str, Any], Blobs] | None = None
     forward_at: float | None = None
+    prints: bool = False
     told: bool = False
     kept_pipe: bool = False
 

@@ -382,10 +382,12 @@ class Session:
         """The running execution fills its pipe: do not leave it to the lane any longer."""
         if self._running is None or self._running.execution_id != header.get("execution_id"):
             self._catch_up()
-        if self._running is not None and self._running.execution_id == header.get("execution_id"):
-            self._forward(self._running)
-        else:
+        running = self._running
+        if running is None or running.execution_id != header.get("execution_id") or running.prints:
             self._stray()
+            return
+        running.prints = True
+        self._forward(running)
 
     def _stray(self) -> None:
         self._stray_frames += 1

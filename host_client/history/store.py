@@ -30,8 +30,8 @@ _TABLES: dict[type[Any], str] = {
     ExecutionRow: "executions",
     CallRow: "calls",
 }
-#: Kept as JSON; every other text as it is.
 _COLUMNS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in _TABLES}
+#: Kept as JSON; every other text as it is.
 _JSON = frozenset({"inputs", "outputs", "prompt", "answer"})
 _INDICES = (
     "CREATE INDEX runs_by_time ON runs (started_at)",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from broker.protocol.frames import FrameAssembler, dump_frame
-from broker.session import Session
+from broker.session import MAX_STRAY_FRAMES, Session
 from broker.testing import InProcessBroker
 from tests.broker.test_framed import FramedClient
 
@@ -272,6 +272,18 @@ def test_who_forges_more_output_than_a_worker_tells_loses_the_session(client: La
         "type(worker)._take_printed = lambda worker, header: 'x' * 20_000"
     )
     client.both("1")
+    assert client.receive()[1]["result"]["session_lost"] == "protocol"
+
+
+def test_code_may_print_much_again_and_again_but_not_say_so_without_end(client: LaneClient) -> None:
+    for _ in range(MAX_STRAY_FRAMES + 20):
+        client.both("print('x' * 40_000)")
+        assert client.receive()[1]["result"]["outcome"] == "ok"
+    client.both(
+        "import gc\n"
+        "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
+        f"for _ in range({MAX_STRAY_FRAMES + 20}): worker._prints_much()"
+    )
     assert client.receive()[1]["result"]["session_lost"] == "protocol"
 
 
