@@ -243,7 +243,7 @@ class Session:
         execution = Execution.of(request, self._clock(), Stopwatch(request.timeout_s, self._clock))
         execution.announced = on_lane
         self._running = execution
-        self.executed += 1
+        self.executed += bool(request.code)  # a rehearsal runs none
         self.executions.add(execution)
         header = request.to_worker()
         if on_lane and self._worker.leave_to_lane(max_output_bytes=request.max_output_bytes):

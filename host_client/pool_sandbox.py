@@ -14,10 +14,12 @@ from host_client.settings import SandboxSettings
 
 #: A living broker answers in less than a millisecond; one that takes this long is no use to anybody.
 _WELL_WITHIN_S = 2.0
+#: While it is started, the machine may be busy with others.
+_REHEARSED_WITHIN_S = 10.0
 
 
 class PooledSandbox:
-    """A running sandbox with an open connection and, unless it will hold secrets, an open session.
+    """A running sandbox with an open connection and, unless it will hold secrets, an open session that has rehearsed.
 
     Secrets are read and sent when the sandbox is taken: none waits in an idle container, and they are those of that
     moment.
@@ -37,7 +39,7 @@ class PooledSandbox:
         self._secrets = Secrets.of(settings.secrets)
         self._open_journal = open_journal
         self._connected = ConnectedSandbox.start(provider, settings)
-        self._session = None if self._secrets else SandboxSession.open_in(self._connected, journal=open_journal())
+        self._session = None if self._secrets else self._opened(open_journal())
 
     def is_well(self) -> bool:
         """Ask whether it is still there, and able to run code."""
@@ -60,6 +62,15 @@ class PooledSandbox:
                 values = self._secrets.values()
             self._session = SandboxSession.open_in(self._connected, journal=self._open_journal(), secrets=values)
         return self._session
+
+    def _opened(self, journal: Journal) -> SandboxSession:
+        session = SandboxSession.open_in(self._connected, journal=journal)
+        try:
+            session.client.rehearse(session.session_id, _REHEARSED_WITHIN_S)
+        except BaseException:
+            session.end_now()
+            raise
+        return session
 
     def end(self) -> None:
         """End it, with all that it holds. Idempotent."""

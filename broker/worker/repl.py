@@ -117,9 +117,10 @@ class Repl:
         self.namespace.update(decoded)
 
     def _compile(self, source: str) -> Cell:
-        self._count += 1
+        self._count += bool(source)  # a rehearsal has none, and nothing to look up
         filename = f"{FILENAME_PREFIX}{self._count}>"
-        self._sources.add(filename, source)
+        if source:
+            self._sources.add(filename, source)
         try:
             return compile_cell(source, filename)
         except SyntaxError as error:

@@ -145,12 +145,13 @@ class Watch:
             fresh = self._limits.fresh()
             observer.watch_models(fresh)
             fresh.attach(run)
-        if self._writer is not None:
-            run.record_to(self._writer)
         if self._let_go is None:
             if self._writer is not None:
+                # First: for somebody who stays it gathers, and opens its file when the first execution is over.
                 self._writer.acquire()
             self._let_go = weakref.finalize(self, _end, self._ending, self._writer)
+        if self._writer is not None:
+            run.record_to(self._writer)
 
     def _limited(
         self,

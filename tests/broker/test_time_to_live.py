@@ -169,7 +169,8 @@ HOLDER = {"pid": 7, "program": "analysis.py", "identity": ""}
 
 def test_a_session_says_who_holds_it_and_what_it_did(box: InProcessBroker) -> None:
     client = opened(box, name="novel", keep=True, held_by=HOLDER)
-    client.run("")
+    client.run("")  # which runs nothing, and does not count
+    client.run("1")
 
     def shown() -> dict[str, object]:
         session = box.host.request("GET", f"/v1/sessions/{client.session_id}")[1]

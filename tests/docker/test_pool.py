@@ -50,6 +50,30 @@ def test_sessions_find_their_variables_and_nobody_else_does(made: Made) -> None:
             assert again.execute("add_one(x)") == 42
 
 
+def test_a_warm_session_has_rehearsed_and_is_as_new_as_one_that_has_not(made: Made) -> None:
+    names = "sorted(name for name in globals() if not name.startswith('__'))"
+    told = []
+    with SandboxPool(name="real", min_size=1, max_size=2, **made) as pool:
+        assert pool.prewarm(wait=True)
+        for interpreter in (pool.interpreter(), SandboxInterpreter(**made)):
+            with interpreter:
+                session = interpreter._session
+                assert session is not None
+                [info] = session.client.sessions()
+                lane = session.client._lanes._lane is not None  # type: ignore[attr-defined]
+                seen = interpreter.execute(names)
+                with pytest.raises(Exception, match="ZeroDivision") as failed:
+                    interpreter.execute("1 / 0")
+                where = [word for word in str(failed.value).splitlines() if "<execution" in word]
+                told.append((lane, info.executions, seen, where))
+    (lane, *warm), (no_lane, *cold) = told
+    assert (lane, no_lane) == (True, False)
+    assert warm == cold
+    executions, _, where = warm
+    assert executions == 0, "nothing that counts has run"
+    assert where, "the traceback names the execution"
+
+
 def test_a_warm_container_that_was_killed_is_not_handed_out(made: Made, engine: DockerEngine) -> None:
     with SandboxPool(name="real", min_size=2, max_size=2, **made) as pool:
         assert pool.prewarm(wait=True)

@@ -346,6 +346,22 @@ def execute() -> Iterator[Callable[..., SandboxInterpreter]]:
         interpreter.shutdown()
 
 
+def test_somebody_keeps_the_writer_before_its_first_row(
+    execute: Callable[..., SandboxInterpreter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = []
+    put = HistoryWriter.put
+
+    def noted(writer: HistoryWriter, make: Any, mask: Any) -> None:
+        users.append(writer._users)
+        put(writer, make, mask)
+
+    monkeypatch.setattr(HistoryWriter, "put", noted)
+    execute(Step(value=1)).execute("1")
+    assert users, "a row was put"
+    assert min(users) > 0, "else its thread would open the file while the first execution runs"
+
+
 def test_what_is_executed_without_a_module_is_one_run(execute: Callable[..., SandboxInterpreter]) -> None:
     ask = lambda execution: Step(output=f"{execution.call('look_up', 'whale', times=2)}\n")  # noqa: E731
     interpreter = execute(ask, Step(error=ValueError("no")), tools={"look_up": lambda word, times: word * times})
