@@ -161,7 +161,6 @@ class SocketTransport:
     ) -> Reply:
         """See ``Transport.request``. A kept connection that the broker had closed is replaced, once."""
         spoken = self._spoken() if framed else ""
-        file = BlobFile.worth(blobs) if blobs and spoken == frames.FILES_UPGRADE else None
         try:
             if together and spoken and not blobs:
                 message = b"".join(frames.dump_frame({"request": f"{method} {path}", "body": header or {}}))
@@ -169,15 +168,15 @@ class SocketTransport:
                 if reply is not None:
                     return reply
             if spoken:
-                sent = as_bytes(blobs) if file is None else file
-                talk = partial(_in_frames, f"{method} {path}", header or {}, sent, max_reply_bytes, on_more)
+                files = spoken == frames.FILES_UPGRADE
+                talk = partial(_in_frames, f"{method} {path}", header or {}, blobs, files, max_reply_bytes, on_more)
             else:
                 talk = partial(_over_http, method, path, _body(header, as_bytes(blobs)), max_reply_bytes)
             try:
                 reply = self._talk(spoken, talk, timeout_s)
             except FileLost:
                 reply = None  # asking again gives the same answer: what was done is stored
-            if reply is not None and not (file is not None and reply.status == _FILE_MISSING):
+            if reply is not None and not (spoken == frames.FILES_UPGRADE and reply.status == _FILE_MISSING):
                 return reply
             self._refused.add(spoken)  # a broker that does not speak that, or a way on which descriptors get lost
             return self.request(
@@ -197,9 +196,6 @@ class SocketTransport:
             raise BrokerUnreachable(f"no answer from the broker: {error.strerror or error}") from None
         except (BadReply, frames.FrameError, BadRequest) as error:
             raise MalformedReply(f"the broker's answer to {method} {path} is malformed: {error}") from None
-        finally:
-            if file is not None:
-                file.close()
 
     def open_lane(self, path: str, timeout_s: float) -> Lane | None:
         """See ``Transport.open_lane``. A descriptor is handed over, as with memory files."""
@@ -307,22 +303,35 @@ def _close_all(connections: Mapping[str, Sequence[Exchange]]) -> None:
 def _in_frames(
     request: str,
     body: dict[str, Any],
-    blobs: Sequence[Blob] | BlobFile,
+    blobs: Sequence[Blob | str],
+    files: bool,
     max_reply_bytes: int,
     on_more: Callable[[Reply], None],
     exchange: Exchange,
 ) -> tuple[Reply, bool]:
-    header = {"request": request, "body": body}
-    if isinstance(blobs, BlobFile):
-        exchange.send_frame(frames.dump_frame({**header, "file": True, "blobs": blobs.lengths}), blobs.fd)
-    else:
-        exchange.send_frame(frames.dump_frame(header, blobs))
+    _send_framed(exchange, {"request": request, "body": body}, blobs, files=files)
     while True:
         reply = read_reply(*exchange.receive_frame(max_bytes=max_reply_bytes))
         if reply.header.get("more") is not True:
             exchange.check_end()
             return reply, True
         on_more(reply)
+
+
+def _send_framed(exchange: Exchange, header: dict[str, Any], blobs: Sequence[Blob | str], *, files: bool) -> None:
+    """Send a request, large blobs in a file where those arrive.
+
+    The file is closed at once: whoever closes it last frees its memory, 120 us for 1 MiB, and that is not to be the one
+    who waits for the reply.
+    """
+    file = BlobFile.worth(blobs) if blobs and files else None
+    if file is None:
+        exchange.send_frame(frames.dump_frame(header, as_bytes(blobs)))
+        return
+    try:
+        exchange.send_frame(frames.dump_frame({**header, "file": True, "blobs": file.lengths}), file.fd)
+    finally:
+        file.close()
 
 
 def _all_in_frames(messages: Sequence[bytes], exchange: Exchange) -> tuple[list[Reply], bool]:

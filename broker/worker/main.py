@@ -84,7 +84,7 @@ class Worker:
             # Asked once more: later the broker may have read a part of it.
             told = printed is not None and self._is_soon(header)
             self._send(header["execution_id"], ending, printed or "", on_lane=told)
-            del ending  # a large value must not stay until the next one
+            del ending, blobs  # a large value must not stay until the next one
             self._calls.cut_waits()
             self._calls.let_go()
             if not self._keeps_pipe:
