@@ -26,7 +26,7 @@ from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, U
 from broker.family import Family
 from broker.logs import Log
 from broker.outbox import Outbox
-from broker.protocol import limits, reading
+from broker.protocol import limits, raw_output, reading
 from broker.protocol.blob_file import ANCILLARY_BYTES, MOST_FDS, BlobFile, Blobs, close_all, descriptors, rights
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, blob_lengths, dump_frame
 from broker.protocol.messages import Progress, ToolCallRequest, ToolCallStatus
@@ -196,7 +196,7 @@ class FramedConnection:
         # A request is being answered from its frame's arrival until its last reply; no other is looked at meanwhile.
         self._answering = False
         self._cancel: Cancel | None = None
-        self._hears_asides = False
+        self._hears_asides = self._raw_output = False
         self._attends = True
         # A request that came while another one was being answered; behind it nothing is read.
         self._next: tuple[JsonObject, Sequence[Blob]] | None = None
@@ -421,6 +421,7 @@ class FramedConnection:
             if handler is None:
                 raise UnknownRoute("nothing is served in frames under this path")
             body = read.mapping("body", {})
+            self._raw_output = header.get(raw_output.ASKED) is True
             cancel = handler(Request(argument, query, body, blobs, size, self._connection, self._answered, self))
             if self._answering:
                 self._cancel = cancel
@@ -439,15 +440,21 @@ class FramedConnection:
             self._answering, self._cancel = False, None
             self._go_on()
             return
+        file = None
         if isinstance(answer, BrokerError):
             more, reply = False, _failed(answer)
         else:
             message, blobs = answer
             more = isinstance(message, Progress) and message.more
-            reply = (200, message if isinstance(message, dict) else message.to_json(), blobs)
+            body = message if isinstance(message, dict) else message.to_json()
+            raw = raw_output.lifted(body, blobs) if self._raw_output and isinstance(message, Progress) else None
+            file = BlobFile.worth(raw) if raw is not None and self._files else None
+            reply = (200, body, file or raw or blobs)
         if not more:
             self._answering, self._cancel = False, None
         self._send(*reply)
+        if file is not None:
+            file.close()
 
     def _send(self, status: int, body: JsonObject, blobs: Blobs) -> None:
         header: JsonObject = {"status": status, "body": body}

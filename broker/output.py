@@ -69,8 +69,8 @@ class OutputBuffer:
         """Return what is there so far; a character that the limit cut in two is left out."""
         if not self._kept:
             return Output(discarded_bytes=self.discarded_bytes)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return Output(decoder.decode(bytes(self._kept), final=not self.discarded_bytes), self.discarded_bytes)
+        text, _ = codecs.utf_8_decode(self._kept, "replace", not self.discarded_bytes)
+        return Output(text, self.discarded_bytes)
 
 
 class OutputPipe:

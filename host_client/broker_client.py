@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
-from broker.protocol import PROTOCOL_VERSION, limits
+from broker.protocol import PROTOCOL_VERSION, limits, raw_output
 from broker.protocol.blob_file import as_bytes
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
@@ -601,13 +601,14 @@ def _news(reply: Reply) -> News:
     _checked(reply)
     try:
         progress = Progress.from_json(reply.header)
+        blobs = reply.blobs if progress.result is None else raw_output.put_back(progress.result, reply.blobs)
     except BadRequest as error:
         raise _malformed(error) from None
     if progress.claims and any(
-        not 0 <= first <= end <= len(reply.blobs) for first, end in (c.blob_range for c in progress.claims)
+        not 0 <= first <= end <= len(blobs) for first, end in (c.blob_range for c in progress.claims)
     ):
         raise MalformedReply("a claim refers to blobs that did not come with it")
-    return News(progress, reply.blobs)
+    return News(progress, blobs)
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from broker.protocol import limits
+from broker.protocol import limits, raw_output
 from broker.protocol.frames import Blob, FrameError, dump_frame
 from broker.protocol.messages import (
     CallState,
@@ -158,7 +158,11 @@ class LaneUser:
         on_reply: Callable[[Reply], bool],
         on_call: Callable[[Claim], None],
     ) -> Worker | bool:
-        announcement = {"request": f"POST {path}&stream=1&lane=1", "body": request.to_json()}
+        announcement = {
+            "request": f"POST {path}&stream=1&lane=1",
+            "body": request.to_json(),
+            raw_output.ASKED: True,
+        }
         prints = min(request.max_output_bytes, limits.MAX_LANE_OUTPUT_BYTES)
         execution = {
             **request.to_worker(),

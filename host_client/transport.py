@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from broker.protocol import fast_json, frames, limits
+from broker.protocol import fast_json, frames, limits, raw_output
 from broker.protocol.blob_file import AVAILABLE as BLOB_FILES
 from broker.protocol.blob_file import BlobFile, as_bytes
 from broker.protocol.frames import Blob
@@ -309,7 +309,7 @@ def _in_frames(
     on_more: Callable[[Reply], None],
     exchange: Exchange,
 ) -> tuple[Reply, bool]:
-    _send_framed(exchange, {"request": request, "body": body}, blobs, files=files)
+    _send_framed(exchange, {"request": request, "body": body, raw_output.ASKED: True}, blobs, files=files)
     while True:
         reply = read_reply(*exchange.receive_frame(max_bytes=max_reply_bytes))
         if reply.header.get("more") is not True:

@@ -149,6 +149,7 @@ class ExecutionResult:
         error: For every outcome but ``ok`` and ``submitted``.
         session_lost: Why the namespace is gone (``deadline``, ``oom``, ``crashed(SIGSEGV)``, ...); None while it lives.
         duration_s: From start to end, in seconds.
+        output_blob: On its way to the host: the index of the blob that is its output, or None; see ``raw_output``.
     """
 
     outcome: Outcome
@@ -159,6 +160,7 @@ class ExecutionResult:
     error: ErrorInfo | None = None
     session_lost: str | None = None
     duration_s: float = 0.0
+    output_blob: int | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -206,4 +208,5 @@ class ExecutionResult:
             error=ErrorInfo.from_json(read.raw("error")) if read.has("error") else None,
             session_lost=read.optional_text("session_lost"),
             duration_s=read.number("duration_s", 0.0),
+            output_blob=read.integer("output_blob", low=0) if read.has("output_blob") else None,
         )
