@@ -20,6 +20,8 @@ _BUDGET_S, _QUICK_BUDGET_S = 12.0, 5.0
 #: A turn of a batch may take so long, or has fewer samples.
 _TURN_S = 1.0
 _REPEATS_S = 0.5
+#: One sample says little of what touches much fresh memory: 64 MiB take from 120 to 480 ms.
+_LEAST_SAMPLES, _LEAST_S = 5, 4.0
 
 
 class Asked(Protocol):
@@ -234,7 +236,7 @@ class _Climb:
                 return
         taken: list[dict[str, float]] = []
         begin = time.monotonic()
-        while not taken or (self.curve.in_bytes and time.monotonic() - begin < _REPEATS_S and len(taken) < 9):
+        while not taken or (self.curve.in_bytes and _goes_on(time.monotonic() - begin, len(taken))):
             answer = self.agent.ask(op="point", curve=self.curve.key, x=x)
             if "point" not in answer:
                 self.ended = (f"{x:,}", str(answer.get("not_tried") or answer.get("error")))
@@ -242,3 +244,8 @@ class _Climb:
             taken.append(answer["point"])
         middle = {name: statistics.median(point[name] for point in taken) for name in taken[0]}
         self.points.append(CurvePoint(self.curve.key, self.agent.name, x, middle))
+
+
+def _goes_on(took_s: float, samples: int) -> bool:
+    """Tell whether a point of a curve takes one more sample."""
+    return took_s < (_LEAST_S if samples < _LEAST_SAMPLES else _REPEATS_S) and samples < 9

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.agents import AgentGone
 from benchmarks.cases import Case
 from benchmarks.curves import POINT_LIMIT_S, Curve
-from benchmarks.measure import Figure, Run
+from benchmarks.measure import Figure, Run, _goes_on
 from benchmarks.state import State, WrongAnswer, timed
 
 
@@ -87,6 +87,14 @@ def test_a_curve_ends_before_a_point_that_would_take_too_long() -> None:
     run.curves([curve(1, 4, 1000)], ["a"])
     assert [point.x for point in run.outcome.points] == [1, 4]
     assert run.outcome.left_out == {("a", "it would take more than 8 s"): ["c from 1,000 on"]}
+
+
+@pytest.mark.parametrize(
+    ("took_s", "samples", "more"),
+    [(0.4, 8, True), (0.4, 9, False), (0.6, 4, True), (0.6, 5, False), (4.1, 1, False)],
+)
+def test_a_point_of_a_curve_is_no_single_sample_unless_one_takes_long(took_s: float, samples: int, more: bool) -> None:
+    assert _goes_on(took_s, samples) is more
 
 
 def test_a_wrong_answer_is_an_error_and_no_sample() -> None:
