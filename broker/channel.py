@@ -9,6 +9,7 @@ from typing import Any
 
 import gevent
 
+from broker.lull import manners
 from broker.outbox import Outbox
 from broker.protocol import frames, limits
 from broker.protocol.blob_file import ANCILLARY_BYTES, BlobFile, Blobs, close_all, descriptors, rights
@@ -161,6 +162,7 @@ class Channel:
                     self._take_with_file(*frame)
                 else:
                     self._on_frame(*frame)
+                manners.give_way()
                 frame = self._frames.next()
             if self._fds and (len(self._fds) > 1 or not self._frames.started):
                 raise FrameError("descriptors that no frame has announced")

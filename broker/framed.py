@@ -25,6 +25,7 @@ from broker import host_requests
 from broker.errors import BadRequest, BrokerError, FileMissing, InternalError, UnknownCall, UnknownRoute
 from broker.family import Family
 from broker.logs import Log
+from broker.lull import manners
 from broker.outbox import Outbox
 from broker.protocol import limits, raw_output, reading
 from broker.protocol.blob_file import ANCILLARY_BYTES, MOST_FDS, BlobFile, Blobs, close_all, descriptors, rights
@@ -310,6 +311,7 @@ class FramedConnection:
             if not self._take_frame() or self._last or self._is_deaf() or not self._frames.started:
                 more = False
                 break
+            manners.give_way()
         else:
             more = not self._ended.is_set()
         self._held_back = outer

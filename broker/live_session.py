@@ -13,7 +13,7 @@ from typing import Any
 from broker.errors import BrokerError, SessionLost
 from broker.executions import Execution
 from broker.family import Family
-from broker.lull import Bell, Line, Lull
+from broker.lull import Bell, Line, Lull, manners
 from broker.protocol import limits
 from broker.protocol.blob_file import BlobFile, Blobs, as_views
 from broker.protocol.frames import Blob
@@ -297,7 +297,8 @@ class LiveSession:
     def _rung(self) -> None:
         """The worker has told us what it has told nobody else."""
         self._lull.end()
-        self._read_lines()
+        with manners.kept():
+            self._read_lines()
 
     def stop_waiting(self, waiter: Waiter) -> None:
         """Forget a request whose connection is gone."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import gevent
@@ -20,8 +21,41 @@ import gevent
 LULL_S = 0.02
 
 _READABLE = 1
+#: What an execution may take of a processor that is offered to it.
+_SHORTLY_S = 0.0005
 #: What a pipe holds: one read takes all.
 _MOST_RINGS = 64 << 10
+
+
+class _Manners:
+    """Lets others have the processor between two frames that nobody waits for.
+
+    Host and worker wait for each other on two processors, of which the broker takes one: whoever was on it would wait
+    until all is read, which may be two milliseconds. So it offers its place after each frame; where somebody takes it
+    for long, who is busy with something else, no more until the next reading.
+    """
+
+    def __init__(self) -> None:
+        self._yields = False
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Read in this block what can wait."""
+        self._yields = True
+        try:
+            yield
+        finally:
+            self._yields = False
+
+    def give_way(self) -> None:
+        """A frame has been dealt with."""
+        if self._yields:
+            began = time.monotonic()
+            os.sched_yield()
+            self._yields = time.monotonic() - began < _SHORTLY_S
+
+
+manners = _Manners()
 
 
 class Line(Protocol):
@@ -108,5 +142,7 @@ class Lull:
         self._timer.close()
 
     def _look(self) -> None:
-        if not self._read():
+        with manners.kept():
+            found = self._read()
+        if not found:
             self.end()

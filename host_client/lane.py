@@ -35,6 +35,10 @@ _TRUSTED_S = LEAST_TIMEOUT_S / 2
 #: Within which code that waits for an answer reads from the lane; threads that wait for each other may take a while.
 _READ_WITHIN_S = 1.0
 
+#: Of executions in this process: where more are under way, whoever spins takes the interpreter lock from the others.
+_MOST_SPINNERS = 2
+_under_way: set[int] = set()
+
 Frame = tuple[dict[str, Any], Sequence[Blob]]
 
 
@@ -63,7 +67,7 @@ class Lane:
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(exchange.fileno(), select.POLLIN)
-        self._for_word, self._for_end = Spinner(), Spinner()
+        self._for_word, self._for_end = Spinner(moves=True), Spinner()
         self._writable = select.poll()
         self._writable.register(sock.fileno(), select.POLLOUT)
         self.pid = os.getpid()
@@ -135,11 +139,26 @@ class Lane:
         with self._telling:
             self._exchange.send_frame(announcement)
             self._send(execution)
+        _under_way.add(id(self))
+        try:
+            return self._result(execution_id, began, timeout_s, on_frame, on_call)
+        finally:
+            _under_way.discard(id(self))
+
+    def _result(
+        self,
+        execution_id: str,
+        began: float,
+        timeout_s: float,
+        on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool],
+        on_call: Callable[[dict[str, Any], int], None],
+    ) -> tuple[dict[str, Any], Sequence[Blob], float] | None:
         while True:
             left_s = began + timeout_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError("no answer in time")
-            ready = (self._for_end if self._called else self._for_word).wait(self._poll, left_s)
+            spinner = self._for_end if self._called else self._for_word
+            ready = spinner.wait(self._poll, left_s, spins=len(_under_way) <= _MOST_SPINNERS)
             # The broker first: where the lane has broken, no claim that has come is left lying.
             if self._exchange.fileno() in ready and self._replies(execution_id, on_frame):
                 return None

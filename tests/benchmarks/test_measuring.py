@@ -48,7 +48,7 @@ def test_contenders_take_turns_and_the_first_sample_does_not_count() -> None:
     asked: list[str] = []
     run = Run([FakeAgent("a", asked), FakeAgent("b", asked, 2.0)])
     run.cases([case()])
-    assert asked == ["a", "b", "a", "b", "a", "b"]
+    assert asked == ["a", "a", "b", "b", "a", "b", "a", "b"]  # the second one tells how many fit into a turn
     assert run.outcome.figures == [
         Figure("one", "a", "s", (1.0,) * 6, {"host": 0.5}),
         Figure("one", "b", "s", (2.0,) * 6, {"host": 0.5}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -13,12 +14,20 @@ from broker.protocol import spinner
 from broker.protocol.spinner import SPIN_S, Spinner
 
 
+LOOK_S = 2e-6
+
+
 class Clock:
+    """Time, and whoever else is on the processor: to yield it takes ``yielded_s``."""
+
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now, self.yielded_s = 100.0, 0.0
 
     def monotonic(self) -> float:
         return self.now
+
+    def sched_yield(self) -> None:
+        self.now += self.yielded_s
 
 
 class Script:
@@ -32,7 +41,7 @@ class Script:
     def poll(self, timeout_ms: float | None = None) -> list[tuple[int, int]]:
         if timeout_ms == 0:
             self.looks += 1
-            self.clock.now += 1e-5
+            self.clock.now += LOOK_S
         else:
             self.slept.append(timeout_ms)
             self.clock.now = max(self.clock.now, self.ready_at)
@@ -43,13 +52,13 @@ class Waiting:
     """A spinner, and how each of its waits went."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.spinner = clock, Spinner()
+        self.clock, self.spinner = clock, Spinner(moves=True)
 
-    def wait(self, takes_s: float, timeout_s: float | None = None) -> tuple[int, bool]:
+    def wait(self, takes_s: float, *, spins: bool = True) -> tuple[int, bool]:
         """Return how often it looked, and whether it slept."""
         poll = Script(self.clock)
         poll.ready_at = self.clock.now + takes_s
-        assert self.spinner.wait(poll, timeout_s) == [7]  # type: ignore[arg-type]
+        assert self.spinner.wait(poll, spins=spins) == [7]  # type: ignore[arg-type]
         return poll.looks, bool(poll.slept)
 
 
@@ -57,6 +66,7 @@ class Waiting:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(spinner, "time", made)
+    monkeypatch.setattr("broker.protocol.spinner.os.sched_yield", made.sched_yield)
     monkeypatch.setattr(spinner, "_WORTH_IT", True)
     return made
 
@@ -83,7 +93,7 @@ def test_it_sleeps_first_and_spins_after_a_short_wait(waiting: Waiting) -> None:
 def test_a_long_wait_costs_one_spin_and_the_next_one_none(waiting: Waiting) -> None:
     waiting.wait(SPIN_S / 2)
     looks, slept = waiting.wait(10.0)
-    assert (looks <= SPIN_S / 1e-5 + 2, slept) == (True, True)
+    assert (looks <= SPIN_S / LOOK_S + 2, slept) == (True, True)
     assert waiting.wait(10.0) == (1, True)
     assert waiting.wait(SPIN_S / 2) == (1, True)
     assert waiting.wait(SPIN_S / 2)[1] is False
@@ -104,6 +114,39 @@ def test_on_one_processor_it_never_spins(waiting: Waiting, monkeypatch: pytest.M
     monkeypatch.setattr(spinner, "_WORTH_IT", False)
     for _ in range(3):
         assert waiting.wait(SPIN_S / 2) == (1, True)
+
+
+def test_where_the_caller_says_so_it_sleeps(waiting: Waiting) -> None:
+    waiting.wait(SPIN_S / 2)
+    assert waiting.wait(SPIN_S / 2, spins=False) == (1, True)
+
+
+def test_it_gives_up_where_somebody_else_has_taken_the_processor_for_long(waiting: Waiting, clock: Clock) -> None:
+    waiting.wait(SPIN_S / 2)
+    clock.yielded_s = spinner._LONG_S * 1.5
+    assert waiting.wait(SPIN_S) == (2, True)
+
+
+def test_it_moves_away_from_who_it_waits_for_but_not_all_the_time(
+    waiting: Waiting, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[float] = []
+    monkeypatch.setattr(spinner, "_move", lambda: moves.append(clock.now))
+    waiting.wait(SPIN_S / 2)
+    waiting.wait(SPIN_S / 2)
+    assert not moves  # alone on its processor
+    clock.yielded_s = spinner._SHARED_S * 2
+    for _ in range(100):
+        waiting.wait(SPIN_S / 20)
+    assert 2 <= len(moves) <= 1 + 100 * SPIN_S / 10 / spinner._MOVE_EVERY_S
+    assert all(later - earlier > spinner._MOVE_EVERY_S for earlier, later in itertools.pairwise(moves))
+
+
+def test_to_move_leaves_a_thread_the_processors_that_it_had() -> None:
+    allowed = os.sched_getaffinity(0)
+    for _ in range(10):
+        spinner._move()
+        assert os.sched_getaffinity(0) == allowed
 
 
 @pytest.mark.parametrize("soon", [False, True])
