@@ -12,7 +12,7 @@ import gevent
 from broker.lull import manners
 from broker.outbox import Outbox
 from broker.protocol import frames, limits
-from broker.protocol.blob_file import ANCILLARY_BYTES, BlobFile, Blobs, close_all, descriptors, rights
+from broker.protocol.blob_file import ANCILLARY_BYTES, BlobFile, Blobs, as_views, close_all, descriptors, rights
 from broker.protocol.frames import FrameAssembler, FrameError
 from broker.protocol.messages import ErrorInfo, Outcome
 
@@ -68,9 +68,10 @@ class Channel:
         if self._outbox.full:
             self._on_broken()  # it reported a result before it had read the whole request
             return
-        if isinstance(blobs, BlobFile):
+        if isinstance(blobs, BlobFile) and blobs.fd >= 0:
             header, fds = {**header, "file": True, "blobs": blobs.lengths}, [*fds, blobs.fd]
             blobs = ()
+        blobs = as_views(blobs)
         try:
             sent = self._outbox.send(frames.dump_frame(header, blobs), rights(fds) if fds else ())
         except OSError:

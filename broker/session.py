@@ -247,7 +247,8 @@ class Session:
         self.executions.add(execution)
         header = request.to_worker()
         if on_lane and self._worker.leave_to_lane(max_output_bytes=request.max_output_bytes):
-            execution.on_lane, execution.left = True, (header, blobs)
+            execution.on_lane = True
+            execution.left = header, self.files.keep(blobs) if isinstance(blobs, BlobFile) else blobs
             execution.forward_at = self._clock() + limits.LANE_PATIENCE_S
         else:
             self._worker.execute(header, blobs, max_output_bytes=request.max_output_bytes)
@@ -485,9 +486,15 @@ class Session:
 
     def _forward(self, execution: Execution) -> None:
         """Send what was left to the lane, and take care of its output; the worker throws away what it had already."""
-        left, execution.left, execution.forward_at = execution.left, None, None
-        if left is not None:
-            self._worker.execute_left(*left)
+        if execution.left is not None:
+            self._worker.execute_left(*execution.left)
+        self._let_go_of_left(execution)
+
+    def _let_go_of_left(self, execution: Execution) -> None:
+        """It is not, or no longer, needed for the worker."""
+        if execution.left is not None:
+            self.files.let_go(execution.left[1])
+        execution.left = execution.forward_at = None
 
     def _hand_over(self, held_by: HeldBy | None) -> list[ToolCall]:
         self.epoch += 1
@@ -564,7 +571,8 @@ class Session:
             duration_s=round(self._clock() - execution.started_at, 6),
         )
         self.executions.ended(execution, result, () if report is None else report.blobs)
-        execution.left = execution.forward_at = self._running = None
+        self._let_go_of_left(execution)
+        self._running = None
         self.tool_calls.close(CallState.CANCELLED)
         self.idleness.begin_anew()
         if self.idleness.ttl_s is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
 from broker.protocol import PROTOCOL_VERSION, limits, raw_output
-from broker.protocol.blob_file import as_bytes
+from broker.protocol.blob_file import WORTH_BYTES
 from broker.protocol.frames import Blob
 from broker.protocol.messages import (
     Attached,
@@ -435,8 +435,9 @@ class HttpBrokerClient:
         path = f"{path}&epoch={self._epoch}"
         size = sum(map(len, blobs))
         timeout_s = wanted.wait_s + late_s + _SEND_S_PER_BYTE * size
-        if on_claims is not None and size + len(request.code) <= limits.MAX_LANE_BYTES:
-            news = self._by_lane(session_id, path, request, as_bytes(blobs), timeout_s, on_claims)
+        in_frame = 0 if size >= WORTH_BYTES else size  # else in a file beside it
+        if on_claims is not None and in_frame + len(request.code) <= limits.MAX_LANE_BYTES:
+            news = self._by_lane(session_id, path, request, blobs, timeout_s, on_claims)
             if news is not None:
                 return news
         return self._follow(path, request.to_json(), blobs, timeout_s, on_claims)
@@ -499,7 +500,7 @@ class HttpBrokerClient:
         session_id: str,
         path: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         timeout_s: float,
         on_claims: Callable[[News], None],
     ) -> News | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.protocol import limits
+from broker.protocol.blob_file import BlobFile, rights
 from broker.protocol.frames import Blob, FrameAssembler, FrameError, dump_frame
 from broker.protocol.spinner import Spinner
 from host_client.http_wire import Exchange
@@ -110,6 +111,7 @@ class Lane:
         self,
         announcement: Sequence[Blob],
         execution: Sequence[Blob],
+        file: BlobFile | None,
         execution_id: str,
         timeout_s: float,
         on_frame: Callable[[dict[str, Any], Sequence[Blob]], bool],
@@ -120,6 +122,7 @@ class Lane:
         Args:
             announcement: The broker's frame; sent first, so that the broker can read of it before it hears of it.
             execution: The worker's.
+            file: The blobs of both, or None; it is closed when it was sent.
             execution_id: Of the execution.
             timeout_s: For the whole exchange, in seconds.
             on_frame: Takes each reply of the broker; tells whether it was the last one.
@@ -137,8 +140,10 @@ class Lane:
         self._strays, self._called = 0, False
         self._exchange.begin(timeout_s)
         with self._telling:
-            self._exchange.send_frame(announcement)
-            self._send(execution)
+            self._exchange.send_frame(announcement, None if file is None else file.fd)
+            self._send(execution, file)
+        if file is not None:
+            file.close()  # now: whoever closes it last frees its pages, and shall not be the one who waits
         _under_way.add(id(self))
         try:
             return self._result(execution_id, began, timeout_s, on_frame, on_call)
@@ -212,9 +217,10 @@ class Lane:
             return False  # late word of the one before, which the worker had answered
         return on_frame(header, blobs)
 
-    def _send(self, execution: Sequence[Blob]) -> None:
+    def _send(self, execution: Sequence[Blob], file: BlobFile | None) -> None:
         frame = b"".join(execution)
-        if self._sock.send(frame) != len(frame):
+        sent = self._sock.send(frame) if file is None else self._sock.sendmsg([frame], rights([file.fd]))
+        if sent != len(frame):
             raise LaneBroken("the worker takes nothing")
 
     def _send_soon(self, frame: Sequence[Blob]) -> None:

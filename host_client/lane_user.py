@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from broker.protocol import limits, raw_output
+from broker.protocol.blob_file import BlobFile, as_bytes
 from broker.protocol.frames import Blob, FrameError, dump_frame
 from broker.protocol.messages import (
     CallState,
@@ -31,6 +32,8 @@ _MOST_BREAKS = 5
 
 #: Of calls that wait for an answer; their arguments are held here, where the broker would hold them else.
 _MOST_OPEN_BYTES = 4 << 20
+#: More variables than this take so long themselves that it does not matter which way they go.
+_MOST_FILE_BYTES = 64 << 20
 
 Worker = tuple[ExecutionResult, Sequence[Blob]]
 
@@ -73,7 +76,7 @@ class LaneUser:
         session_id: str,
         path: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         timeout_s: float,
         on_reply: Callable[[Reply], bool],
         on_call: Callable[[Claim], None],
@@ -153,11 +156,16 @@ class LaneUser:
         lane: Lane,
         path: str,
         request: ExecuteRequest,
-        blobs: Sequence[Blob],
+        blobs: Sequence[Blob | str],
         timeout_s: float,
         on_reply: Callable[[Reply], bool],
         on_call: Callable[[Claim], None],
     ) -> Worker | bool:
+        size = sum(map(len, blobs))
+        # The file goes to both: the broker may have to bring it after all.
+        file = BlobFile.worth(blobs) if size <= _MOST_FILE_BYTES else None
+        if file is None and size > limits.MAX_LANE_BYTES:
+            return False
         announcement = {
             "request": f"POST {path}&stream=1&lane=1",
             "body": request.to_json(),
@@ -171,6 +179,14 @@ class LaneUser:
             "output_bytes": prints,
             "sent_at": time.monotonic(),
         }
+        parts: Sequence[Blob] = ()
+        if file is not None:
+            in_file: dict[str, Any] = {"file": True, "blobs": file.lengths}
+            announcement |= in_file
+            execution |= in_file
+        else:
+            parts = as_bytes(blobs)
+
         goes_on = False
 
         def on_frame(header: dict[str, Any], blobs: Sequence[Blob]) -> bool:
@@ -182,11 +198,11 @@ class LaneUser:
         def on_called(header: dict[str, Any], size: int) -> None:
             self._called(lane, ToolCallRequest.from_json(header), size, on_call)
 
-        announced, told = dump_frame(announcement, blobs), dump_frame(execution, blobs)
-        if max(sum(map(len, announced)), sum(map(len, told))) > limits.MAX_LANE_BYTES:
-            return False
         try:
-            found = lane.run(announced, told, request.execution_id, timeout_s, on_frame, on_called)
+            announced, told = dump_frame(announcement, parts), dump_frame(execution, parts)
+            if max(sum(map(len, announced)), sum(map(len, told))) > limits.MAX_LANE_BYTES:
+                return False
+            found = lane.run(announced, told, file, request.execution_id, timeout_s, on_frame, on_called)
             if found is None:
                 if goes_on:  # and is asked about by requests of its own: the worker must not call here any more
                     lane.take_calls(request.execution_id, on_called)
@@ -206,6 +222,9 @@ class LaneUser:
         except BaseException:
             self._drop()
             raise
+        finally:
+            if file is not None:
+                file.close()
 
     def _called(self, lane: Lane, call: ToolCallRequest, size: int, on_call: Callable[[Claim], None]) -> None:
         """Hand a tool call over that the worker has made on the lane, where there is room for one more."""

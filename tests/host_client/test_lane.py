@@ -72,6 +72,16 @@ def warm(broker: InProcessBroker) -> Iterator[SandboxInterpreter]:
         yield made
 
 
+def until_nothing_is_held(broker: InProcessBroker, interpreter: SandboxInterpreter) -> None:
+    """Wait until the broker, which reads of the lane now and then, has let go of every file."""
+    assert interpreter._session is not None
+    session = broker.daemon.sessions[interpreter._session.session_id]
+    give_up_at = time.monotonic() + 20
+    while len(session.core.files):
+        assert time.monotonic() < give_up_at
+        os.sched_yield()
+
+
 def until_taken(interpreter: SandboxInterpreter, taken: Taken, code: str) -> Any:
     """Execute until the worker has answered once: on a busy machine the broker may be asked first."""
     before = taken.count
@@ -119,6 +129,34 @@ def test_a_little_output_comes_on_the_lane_and_much_of_it_as_well_as_ever(
     assert warm.execute("for n in range(30_000): print(n)").startswith("0\n1\n")
     warm.execute("import os")
     assert warm.execute("os.system('echo from elsewhere'); None") == "from elsewhere"
+
+
+def test_large_variables_come_in_a_file_by_the_lane(
+    warm: SandboxInterpreter, broker: InProcessBroker, taken: Taken
+) -> None:
+    before = taken.count
+    for number in range(10):
+        text = f"{number}" + "é" * 300_000
+        for value in (text, text.encode(), [text[:200_000], text[200_000:]], text * 10, text.replace("é", "e")):
+            ends = warm.execute("[len(value), str(value[0])[:9], str(value[-1:])[-9:]]", {"value": value})
+            assert ends == [len(value), str(value[0])[:9], str(value[-1:])[-9:]]
+    assert taken.count > before
+    until_nothing_is_held(broker, warm)
+
+
+def test_large_variables_arrive_where_the_code_takes_longer_or_the_lane_breaks(
+    warm: SandboxInterpreter, broker: InProcessBroker
+) -> None:
+    opened = len(os.listdir("/proc/self/fd"))
+    for number in range(6):
+        text = str(number) * 300_000
+        assert warm.execute("import time; time.sleep(0.06); text[0]", {"text": text}) == str(number)
+        assert warm.execute("print(text[-1])") == str(number)
+        broken = {"text": text + "!"}
+        assert warm.execute(FIND_LANE + "if lane: lane._sock.shutdown(2)\ntext[-1]", broken) == "!"
+        until_nothing_is_held(broker, warm)
+    warm.execute("1")
+    assert len(os.listdir("/proc/self/fd")) <= opened + 8
 
 
 def test_the_limit_of_output_holds_on_the_lane(broker: InProcessBroker) -> None:
