@@ -189,7 +189,7 @@ def all_cases(*, quick: bool) -> list[Case]:
         Case("warm", "warm execution", _warm("1 + 1", 2), variant="plain", target=0.6, **warm),
         Case(
             "print",
-            "warm execution that prints 1 KiB",
+            "the same, printing 1 KiB",
             _warm('print("o" * 1024, end="")', "o" * 1024),
             variant="plain",
             target=0.6,
