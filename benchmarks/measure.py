@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -111,6 +112,8 @@ class Run:
     def __init__(self, agents: Sequence[Asked], *, quick: bool = False) -> None:
         self._agents = list(agents)
         self._quick = quick
+        # In another order each round: whoever always came after the same one would always find the same caches.
+        self._order = random.Random(1)
         self.outcome = Outcome()
 
     def cases(self, cases: Sequence[Case]) -> None:
@@ -121,7 +124,7 @@ class Run:
             for turn in list(turns):
                 self._guarded(turn.agent, case.title, turns, turn, turn.first)
             for _ in range(case.rounds):
-                for turn in list(turns):
+                for turn in self._order.sample(turns, len(turns)):
                     self._guarded(turn.agent, case.title, turns, turn, turn.take)
             self.outcome.figures += [turn.figure() for turn in turns if turn.samples]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -44,11 +45,22 @@ def curve(*points: int) -> Curve:
     return Curve("c", "c", "size", ("wall_s", "ms"), points, lambda state, x: {}, in_bytes=True)
 
 
+def test_the_order_of_the_turns_changes() -> None:
+    asked: list[str] = []
+    agents = [FakeAgent(name, asked) for name in "abc"]
+    Run(agents).cases([dataclasses.replace(case(), rounds=20)])
+    rounds = ["".join(asked[at : at + 3]) for at in range(6, len(asked), 3)]
+    assert len(rounds) == 20
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+
+
 def test_contenders_take_turns_and_the_first_sample_does_not_count() -> None:
     asked: list[str] = []
     run = Run([FakeAgent("a", asked), FakeAgent("b", asked, 2.0)])
     run.cases([case()])
-    assert asked == ["a", "a", "b", "b", "a", "b", "a", "b"]  # the second one tells how many fit into a turn
+    assert asked[:4] == ["a", "a", "b", "b"]  # the second one tells how many fit into a turn
+    assert [sorted(asked[4:6]), sorted(asked[6:])] == [["a", "b"], ["a", "b"]]
     assert run.outcome.figures == [
         Figure("one", "a", "s", (1.0,) * 6, {"host": 0.5}),
         Figure("one", "b", "s", (2.0,) * 6, {"host": 0.5}),
