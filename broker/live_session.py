@@ -111,7 +111,8 @@ class LiveSession:
         self.end_lane()
         self.catch_up()  # what the old one has begun was begun, also where it is not read yet
         started = self.core.attach(expected, held_by)
-        execution = self.core.running or self.core.executions.latest()
+        # Of a session that has only rehearsed there is nothing to resume.
+        execution = self.core.running or (self.core.executions.latest() if self.core.executed else None)
         return Attached(
             epoch=self.core.epoch,
             execution_id=None if execution is None else execution.execution_id,

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import gevent
 
-#: Far below what a person or a deadline notices. What it reads then takes it a third of that time: the seldomer, the
-#: fewer executions meet it on a processor that they would have had.
+#: Far below what a person or a deadline notices. What it reads then takes it about a tenth of that time: the seldomer,
+#: the fewer executions meet it on a processor that they would have had.
 LULL_S = 0.02
 
 _READABLE = 1

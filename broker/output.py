@@ -90,7 +90,13 @@ class OutputPipe:
         os.set_blocking(self._read_end, False)
         # For the worker, to read as well. Not a duplicate: that is one open file for both, and generated code could
         # make our reading of it wait.
-        self.second_read_end = os.open(f"/proc/self/fd/{self._read_end}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            path = f"/proc/self/fd/{self._read_end}"
+            self.second_read_end = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # out of descriptors
+            os.close(self._read_end)
+            os.close(self.write_end)
+            raise
         with contextlib.suppress(OSError):  # past the user's share of pipe memory the default must do
             fcntl.fcntl(self._read_end, 1031, PIPE_BYTES)  # F_SETPIPE_SZ has no name in Python 3.9's fcntl
         self._watcher = gevent.get_hub().loop.io(self._read_end, 1)

@@ -41,7 +41,7 @@ class Batches(Generic[Item]):
 
     Args:
         do: Does a batch, and notes in each item what came of it. Its errors are raised in the one thread that ran it,
-            and leave nobody waiting.
+            and leave nobody waiting: an item of which nothing was noted was not done.
         most: Items of one batch, or None.
     """
 
@@ -63,7 +63,7 @@ class Batches(Generic[Item]):
         return len(self._waiting)
 
     def join(self, item: Item) -> None:
-        """Return when the item was done, with others or alone; by this thread or by another one.
+        """Return when the item was done, or its batch was cut short, with others or alone; by this thread or another.
 
         From within ``do`` (the garbage collector may run anything) it is done alone, at once.
         """
@@ -82,14 +82,15 @@ class Batches(Generic[Item]):
             if not seat.done:
                 self._lead()
         finally:
-            if not seat.done:  # interrupted
+            if not seat.done or self._leader is seat:  # interrupted
                 self._leave(seat)
 
     def _lead(self) -> None:
-        with self._lock:
-            batch = self._waiting[: self._most]
-            del self._waiting[: self._most]
+        batch: list[_Seat[Item]] = []
         try:
+            with self._lock:
+                batch = self._waiting[: self._most]
+                del self._waiting[: self._most]
             self._leading_thread = threading.get_ident()
             self._do([each.item for each in batch])
         finally:

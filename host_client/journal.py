@@ -194,10 +194,11 @@ class _Change(NamedTuple):
 class _Ticket:
     """A change on its way, and what came of it."""
 
-    __slots__ = ("change", "error", "result")
+    __slots__ = ("change", "error", "result", "settled")
 
     def __init__(self, change: _Change) -> None:
         self.change = change
+        self.settled = False
         self.result: Any = None
         self.error: Exception | None = None
 
@@ -318,6 +319,8 @@ class SqliteJournal:
         self._batches.join(ticket)
         if ticket.error is not None:
             raise ticket.error
+        if not ticket.settled:  # whoever had it in hand may be interrupted at any instruction
+            raise JournalUnusable("writing the journal was cut short")
         return ticket.result
 
     def _commit(self, batch: list[_Ticket]) -> None:
@@ -343,6 +346,8 @@ class SqliteJournal:
                 self._commits += 1
                 if self._commits % _PRUNE_EVERY == 0:
                     self._prune()
+            for ticket in batch:
+                ticket.settled = True
         except BaseException as error:  # also Ctrl-C: what is not known to be written counts as not written
             for ticket in batch:
                 ticket.error = _same(error)

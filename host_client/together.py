@@ -22,12 +22,13 @@ Reply = TypeVar("Reply")
 class _Ticket(Generic[Reply]):
     """A message on its way, and what came of it."""
 
-    __slots__ = ("error", "message", "reply", "timeout_s")
+    __slots__ = ("error", "message", "reply", "settled", "timeout_s")
 
     def __init__(self, message: bytes, timeout_s: float) -> None:
         self.message, self.timeout_s = message, timeout_s
         self.reply: Reply | None = None
         self.error: BaseException | None = None
+        self.settled = False
 
 
 class Together(Generic[Reply]):
@@ -52,6 +53,8 @@ class Together(Generic[Reply]):
         self._batches.join(ticket)
         if ticket.error is not None:
             raise _again(ticket.error)
+        if not ticket.settled:  # whoever had it in hand may be interrupted at any instruction
+            raise ConnectionError("the exchange was cut short")
         return ticket.reply
 
     def _send(self, batch: list[_Ticket[Reply]]) -> None:
@@ -59,6 +62,8 @@ class Together(Generic[Reply]):
             replies = self._exchange([each.message for each in batch], max(each.timeout_s for each in batch))
             for ticket, reply in zip(batch, replies or (), strict=replies is not None):
                 ticket.reply = reply
+            for ticket in batch:
+                ticket.settled = True
         except BaseException as error:
             for ticket in batch:
                 ticket.error = error

@@ -33,7 +33,7 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
-#: Alone on its processor, whoever spins keeps the other one from working. macOS has no yield for a busy neighbour.
+#: Alone on its processor, whoever spins keeps the other one from working.
 _WORTH_IT = hasattr(os, "sched_yield") and _processors() > 1
 
 
@@ -64,7 +64,7 @@ class Spinner:
         """
         if ready := poll.poll(0):
             self._is_soon = True
-        else:
+        elif timeout_s != 0:  # else it was a question, and tells nothing of how long a wait takes
             began = time.monotonic()
             if self._is_soon and spins and _WORTH_IT:
                 ready, shared = _spin(poll, began, began + SPIN_S)

@@ -19,6 +19,8 @@ from broker.session import MAX_STRAY_FRAMES, Session
 from broker.testing import InProcessBroker
 from tests.broker.test_framed import FramedClient
 
+#: Everything in its process is generated code's own.
+FIND_WORKER = "import gc\nworker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
 TOOLS = [{"name": "ask", "parameters": None}]
 
 
@@ -245,9 +247,7 @@ def test_where_it_is_late_after_the_output_was_taken_back_the_broker_has_all_of_
     client: LaneClient, patient: None
 ) -> None:
     client.run(
-        "import gc\n"
-        "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
-        "soon = iter([True, False])\n"
+        FIND_WORKER + "soon = iter([True, False])\n"
         "type(worker)._is_soon = staticmethod(lambda header: next(soon, False))"
     )
     client.both("print('taken back')")
@@ -266,11 +266,7 @@ def test_code_that_closes_the_pipes_other_end_has_its_output_all_the_same(client
 
 
 def test_who_forges_more_output_than_a_worker_tells_loses_the_session(client: LaneClient, patient: None) -> None:
-    client.run(
-        "import gc\n"
-        "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
-        "type(worker)._take_printed = lambda worker, header: 'x' * 20_000"
-    )
+    client.run(FIND_WORKER + "type(worker)._take_printed = lambda worker, header: 'x' * 20_000")
     client.both("1")
     assert client.receive()[1]["result"]["session_lost"] == "protocol"
 
@@ -279,11 +275,7 @@ def test_code_may_print_much_again_and_again_but_not_say_so_without_end(client: 
     for _ in range(MAX_STRAY_FRAMES + 20):
         client.both("print('x' * 40_000)")
         assert client.receive()[1]["result"]["outcome"] == "ok"
-    client.both(
-        "import gc\n"
-        "worker = next(o for o in gc.get_objects() if type(o).__name__ == 'Worker')\n"
-        f"for _ in range({MAX_STRAY_FRAMES + 20}): worker._prints_much()"
-    )
+    client.both(FIND_WORKER + f"for _ in range({MAX_STRAY_FRAMES + 20}): worker._prints_much()")
     assert client.receive()[1]["result"]["session_lost"] == "protocol"
 
 

@@ -167,6 +167,13 @@ def test_a_time_to_live_that_makes_no_sense_is_refused(box: InProcessBroker, ttl
 HOLDER = {"pid": 7, "program": "analysis.py", "identity": ""}
 
 
+def test_whoever_attaches_to_a_session_that_has_run_no_code_finds_nothing_to_resume(box: InProcessBroker) -> None:
+    client = opened(box, name="rehearsed", keep=True)
+    client.run("")
+    attached = box.host.request("POST", f"/v1/sessions/{client.session_id}/attach", {})[1]
+    assert (attached["epoch"], attached["execution_id"], attached["running"]) == (2, None, False)
+
+
 def test_a_session_says_who_holds_it_and_what_it_did(box: InProcessBroker) -> None:
     client = opened(box, name="novel", keep=True, held_by=HOLDER)
     client.run("")  # which runs nothing, and does not count

@@ -202,6 +202,43 @@ def test_many_threads_share_flushes_and_lose_nothing(kept: SqliteJournal, monkey
     assert commits == 2  # the first one's, and everybody else's
 
 
+def test_who_is_interrupted_with_the_changes_of_others_in_hand_lets_none_of_them_count_as_written(
+    kept: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[BaseException] = []
+    entered, go_on = threading.Event(), threading.Event()
+    commit = kept._commit_now
+
+    def struck(*batch: object) -> None:
+        if not entered.is_set():
+            entered.set()
+            assert go_on.wait(20)
+            commit(*batch)  # type: ignore[arg-type]
+        else:
+            raise KeyboardInterrupt  # before it has noted anything
+
+    def work(number: int) -> None:
+        try:
+            kept.intend(HOLDER, record(f"c{number}"))
+        except BaseException as error:
+            errors.append(error)
+
+    monkeypatch.setattr(kept, "_commit_now", struck)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    threads[0].start()
+    assert entered.wait(20)
+    for thread in threads[1:]:
+        thread.start()
+    while kept._batches.waiting < 5:
+        os.sched_yield()
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert sorted(type(error).__name__ for error in errors) == ["JournalUnusable"] * 4 + ["KeyboardInterrupt"]
+    assert len(kept.calls(9)) == 1
+
+
 def test_a_forked_child_opens_a_connection_of_its_own(kept: SqliteJournal) -> None:
     kept.intend(HOLDER, record("parent"))
     child = os.fork()

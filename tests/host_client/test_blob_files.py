@@ -22,19 +22,6 @@ CODE = "[len(values[0]), values[1][-1], values[2][-1], [len(v) for v in values[3
 EXPECTED = [300_000, "\u00e9", 255, [200_000, 1], 150_000]
 
 
-@pytest.fixture(scope="module")
-def box() -> Iterator[InProcessBroker]:
-    with InProcessBroker() as running:
-        yield running
-
-
-@pytest.fixture
-def interpreter(box: InProcessBroker) -> Iterator[SandboxInterpreter]:
-    settings = SandboxSettings(journal=":memory:", history=False)
-    with SandboxInterpreter(provider=FakeProvider(box), settings=settings) as made:
-        yield made
-
-
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the files that were written."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,19 +22,6 @@ PRINT = f"print('{LINE}' * 20_000, end='')"
 PRINTED = "\u00e9\u2014plain, \U0001f40b\n\0" * 20_000
 #: Cuts a character in two.
 LIMIT = 200_001
-
-
-@pytest.fixture(scope="module")
-def box() -> Iterator[InProcessBroker]:
-    with InProcessBroker() as running:
-        yield running
-
-
-@pytest.fixture
-def interpreter(box: InProcessBroker) -> Iterator[SandboxInterpreter]:
-    settings = SandboxSettings(journal=":memory:", history=False)
-    with SandboxInterpreter(provider=FakeProvider(box), settings=settings) as made:
-        yield made
 
 
 @pytest.fixture

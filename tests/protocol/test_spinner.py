@@ -102,6 +102,15 @@ def test_what_is_there_already_is_returned_at_once(waiting: Waiting) -> None:
     assert waiting.wait(0) == (1, False)
 
 
+def test_a_question_is_answered_at_once_and_changes_nothing(waiting: Waiting, clock: Clock) -> None:
+    waiting.wait(SPIN_S / 2)
+    poll = Script(clock)
+    poll.ready_at = clock.now + 10.0
+    assert waiting.spinner.wait(poll, 0) == []  # type: ignore[arg-type]
+    assert (poll.looks, poll.slept) == (1, [])
+    assert waiting.wait(SPIN_S / 2)[1] is False  # it spins as before
+
+
 def test_one_thread_of_a_process_spins_at_a_time(waiting: Waiting) -> None:
     waiting.wait(SPIN_S / 2)
     with spinner._spinning:
